@@ -1,0 +1,170 @@
+"""Fitting one block: its transforms and clips learn to reproduce the block's own full-precision output.
+
+Each step folds the transforms into the weights, quantizes them, runs the stock block with its sites attached, and
+compares with the target: what is trained is what runs after fuse. Weights stay frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flatq_cli.calibration.learnable import BlockParameters
+from flatq_cli.config.recipe import CalibrationSpec, WeightSpec
+from flatq_cli.errors import WorkError
+from flatq_cli.models.families import Family, Shapes
+from flatq_cli.quantization.quantizers import fake_quantize_grouped
+from flatq_cli.runtime.folding import fold, online_tensors
+
+
+class FitResult(NamedTuple):
+    """Relative squared output error of a block at its start and after training, and the steps taken."""
+
+    loss_before: float
+    loss_after: float
+    steps: int
+
+
+class QuantizedBlock:
+    """A stock block with its sites attached, run with tensors that a `BlockParameters` gives.
+
+    Args:
+        block: float32 stock block with `OnlineSite`s attached; its own tensors are never changed.
+        weights: how linears are quantized.
+    """
+
+    def __init__(self, block: nn.Module, family: Family, shapes: Shapes, weights: WeightSpec) -> None:
+        self.block, self.family, self.shapes, self.spec = block, family, shapes, weights
+        self.parameters = {
+            name: tensor.detach() for name, tensor in block.named_parameters() if not name.startswith("sites.")
+        }
+
+    def tensors(self, learnable: BlockParameters) -> dict[str, Tensor]:
+        """Everything the block runs with, by name: folded and quantized parameters, online matrices, clips."""
+        transforms = learnable.transforms()
+        tensors = fold(self.parameters, transforms, self.family, self.shapes)
+        if self.spec.bits < 16:
+            clips = learnable.linear_clips()
+            for linear in self.family.linears:
+                name = f"{linear}.weight"
+                tensors[name] = fake_quantize_grouped(
+                    tensors[name], self.spec.bits, self.spec.group, self.spec.symmetric, clips.get(linear)
+                )
+        tensors |= {f"sites.{name}": tensor for name, tensor in online_tensors(transforms).items()}
+        return tensors | {f"sites.{name}.clip": clip for name, clip in learnable.activation_clips().items()}
+
+    def run(self, tensors: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The block's output [batch, tokens, hidden] with `tensors` in place of its own."""
+        output = functional_call(self.block, dict(tensors), (hidden,), dict(kwargs))
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+def fit_block(
+    block: QuantizedBlock,
+    learnable: BlockParameters,
+    inputs: Tensor,
+    targets: Tensor,
+    kwargs: Mapping[str, Any],
+    spec: CalibrationSpec,
+    *,
+    index: int,
+    device: torch.device,
+) -> FitResult:
+    """Train `learnable` in place.
+
+    Args:
+        inputs, targets: [samples, tokens, hidden], the full-precision block's input and output, on any device.
+        index: the block's number, for messages.
+    Raises:
+        WorkError: a loss that is not a number (block, step and the parameters concerned).
+    Source: FlatQuant (arXiv 2410.09426), eq. 4: min ‖F(X) − F̂(X; Θ)‖², here relative to ‖F(X)‖².
+    """
+    power = float(targets.float().pow(2).mean()) or 1.0
+    before = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+    steps = spec.epochs * math.ceil(inputs.shape[0] / spec.batch)
+    if steps == 0:
+        return FitResult(before, before, 0)
+    optimizer, scheduler = _optimizer(learnable, spec, steps)
+    for step in range(steps):
+        rows = _batch(step, inputs.shape[0], spec.batch)
+        hidden, target = inputs[rows].to(device), targets[rows].to(device)
+        tensors = block.tensors(learnable)
+        with _autocast(device):
+            output = block.run(tensors, hidden, kwargs)
+        loss = (output.float() - target.float()).pow(2).mean() / power
+        if not torch.isfinite(loss):
+            raise WorkError(_not_finite(index, step, learnable))
+        optimizer.zero_grad(set_to_none=True)
+        minimized: Tensor = loss.log() if spec.loss == "log" and loss > 0 else loss
+        minimized.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        scheduler.step()
+    after = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+    if not math.isfinite(after):
+        raise WorkError(_not_finite(index, steps, learnable))
+    return FitResult(before, after, steps)
+
+
+@torch.no_grad()
+def evaluate_block(
+    block: QuantizedBlock,
+    learnable: BlockParameters,
+    inputs: Tensor,
+    targets: Tensor,
+    kwargs: Mapping[str, Any],
+    batch: int,
+    device: torch.device,
+) -> float:
+    """Relative squared error ‖F − F̂‖² / ‖F‖² over all samples."""
+    tensors = block.tensors(learnable)
+    error = power = 0.0
+    for first in range(0, inputs.shape[0], batch):
+        target = targets[first : first + batch].to(device).float()
+        with _autocast(device):
+            output = block.run(tensors, inputs[first : first + batch].to(device), kwargs)
+        error += float((output.float() - target).double().pow(2).sum())
+        power += float(target.double().pow(2).sum())
+    return error / power if power else error
+
+
+def _batch(step: int, samples: int, batch: int) -> slice:
+    """Batches in order, epoch after epoch; the last of an epoch may be smaller."""
+    first = (step % math.ceil(samples / batch)) * batch
+    return slice(first, min(first + batch, samples))
+
+
+def _optimizer(
+    learnable: BlockParameters, spec: CalibrationSpec, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with a rate for transforms and one for clips, both decaying by a cosine to a thousandth."""
+    groups = [
+        {"params": list(learnable.transform_parameters()), "lr": spec.learning_rate},
+        {"params": list(learnable.clip_parameters()), "lr": spec.clip_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=spec.weight_decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=spec.learning_rate * 1e-3)
+    return optimizer, cosine
+
+
+def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 matmuls on CUDA; the folding and the quantizers' scales stay in float32."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _not_finite(index: int, step: int, learnable: BlockParameters) -> str:
+    """Which parameters went wrong, and what to do."""
+    bad = [name for name, value in learnable.named_parameters() if not torch.isfinite(value).all()]
+    where = f" ({', '.join(bad[:3])})" if bad else ""
+    return (
+        f"block {index}, step {step}: the loss is not a number{where}; earlier blocks are saved: lower "
+        f"calibration.learning_rate or use transform.init=balanced, with another --run"
+    )

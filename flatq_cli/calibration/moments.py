@@ -1,0 +1,88 @@
+"""Second moments and maxima of what passes through the sites of a full-precision block.
+
+Everything the starting points need is in sums over tokens: E[xᵀx] and max|x| of each site. They are accumulated while
+the block computes its full-precision outputs, which calibration needs anyway; no token is ever looked at alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from flatq_cli.models.families import Family, Shapes
+from flatq_cli.runtime.layout import KEY, QUERY, VALUE
+
+
+class Recorder(nn.Module):
+    """A site that lets x through unchanged and accumulates its second moment and maxima over the last axis.
+
+    `moment`: float64 [width, width], the mean of xᵀx over rows seen. `maximum`: float32 [width], max |x|.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.rows = 0
+        self._sum: Tensor | None = None
+        self._maximum: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.detach().reshape(-1, self.width).float()
+        if self._sum is None or self._maximum is None:
+            self._sum = torch.zeros(self.width, self.width, dtype=torch.float64, device=x.device)
+            self._maximum = torch.zeros(self.width, device=x.device)
+        # A batch's product in float32, the sum over batches in float64.
+        self._sum += rows.T @ rows
+        self._maximum = torch.maximum(self._maximum, rows.abs().amax(0))
+        self.rows += rows.shape[0]
+        return x
+
+    @property
+    def moment(self) -> Tensor:
+        if self._sum is None:
+            raise RuntimeError("no input has passed this site")
+        return self._sum / self.rows
+
+    @property
+    def maximum(self) -> Tensor:
+        if self._maximum is None:
+            raise RuntimeError("no input has passed this site")
+        return self._maximum
+
+
+def recorders(family: Family, shapes: Shapes, names: Iterable[str]) -> dict[str, Recorder]:
+    """Recorders for the sites in `names` of a block, and for post-RoPE queries where `key` is among them."""
+    names, linears = set(names), shapes.linears(family)
+    sites = {site.name: Recorder(linears[site.readers[0]][1]) for site in family.sites if site.name in names}
+    heads = ({KEY, QUERY} if KEY in names else set()) | ({VALUE} if VALUE in names else set())
+    return sites | {name: Recorder(shapes.head_dim) for name in heads}
+
+
+def weight_moment(weights: Iterable[Tensor]) -> Tensor:
+    """Σ WᵀW over linears that read one input, float64 [in, in]."""
+    stacked = torch.cat([w.detach().double() for w in weights])
+    return stacked.T @ stacked
+
+
+def output_moment_by_head(weight: Tensor, head_dim: int) -> Tensor:
+    """Σ over heads of W_hᵀ W_h, float64 [head_dim, head_dim], for an o_proj weight [out, heads · head_dim]."""
+    rows = weight.detach().double().reshape(-1, head_dim)
+    return rows.T @ rows
+
+
+def partial_trace(moment: Tensor, heads: int, matrix: Tensor | None) -> Tensor:
+    """[heads, heads] moment of what is left when every head has been mapped by `matrix`.
+
+    Args:
+        moment: float64 [heads · d, heads · d].
+        matrix: [d, d], applied to each head of the rows; None for the identity.
+    Returns:
+        Σ_i ((I ⊗ M)ᵀ moment (I ⊗ M))[h, i, k, i] as [heads, heads].
+    """
+    d = moment.shape[0] // heads
+    blocks = moment.view(heads, d, heads, d)
+    gram = torch.eye(d, dtype=moment.dtype, device=moment.device) if matrix is None else matrix @ matrix.T
+    return torch.einsum("hikj,ij->hk", blocks, gram)

@@ -1,0 +1,412 @@
+"""The `flatq` command. Every command parses its options, calls a stage and prints what comes back; nothing else.
+
+Results go to stdout, progress and logs to stderr; exit codes and error lines are made in `errors.py`. Stages (and with
+them torch and transformers) are imported inside the commands, so that `flatq --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flatq_cli import __version__
+from flatq_cli.cli.console import log, open_progress
+from flatq_cli.cli.devices import Device, resolve_device
+from flatq_cli.cli.errors import command_errors
+from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
+from flatq_cli.config.presets import find_preset, load_preset, preset_names
+from flatq_cli.config.recipe import Recipe
+from flatq_cli.config.recipe_files import describe_recipe, load_recipe, recipe_names, recipe_stem
+from flatq_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from flatq_cli.store.progress import Progress
+    from flatq_cli.store.run import Run
+
+app = typer.Typer(
+    help="FlatQuant: a language model in 4 bits (weights, activations, KV cache) that is still the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A bundled recipe (`flatq recipes`) or a YAML file.")]
+RunDir = Annotated[Path | None, typer.Option("--run", help="The run's directory. (default: ./runs/MODEL-RECIPE)")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Change a recipe key. Repeatable.")]
+RunArgument = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run. (default: the last one used here)")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository brings.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Format = Annotated[str, typer.Option("--format", "-f", help="Format of the exported directory.")]
+Tasks = Annotated[list[str], typer.Option("--tasks", help="lm-eval tasks, separated by commas; lastword:FILE is one.")]
+Ppl = Annotated[list[str], typer.Option("--ppl", metavar="NAME|FILE", help="A text for perplexity. Repeatable.")]
+Seqlen = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens in a window of perplexity.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many windows, and questions of a task.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a forward pass.")]
+Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question of a task.")]
+Baseline = Annotated[str | None, typer.Option("--baseline", metavar="TARGET", help="A model to compare with.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write flatq.eval/1 JSON; - is stdout.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda asked: _version(asked), help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    recipe: RecipeName = "flatq",
+    run: RunDir = None,
+    overrides: Overrides = [],  # noqa: B006  (typer reads the default, nothing changes it)
+    device: DeviceOption = Device.auto,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sites, shapes, memory and time; do nothing.")
+    ] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Learn transforms and clips, block by block.
+
+    Each block is saved as it is done: the same command, given again, goes on where it stopped.
+    """
+    with command_errors(debug), open_progress(quiet) as progress:
+        resolved = _resolve_recipe(model, recipe, overrides)
+        where = resolve_device(device)
+        if dry_run:
+            from flatq_cli.stages.plan import plan
+
+            planned = plan(model, resolved, where, trust_remote_code=trust_remote_code)
+            _show_plan(planned.rows(), planned.totals(), as_json)
+            return
+        from flatq_cli.stages import calibrate as stage
+
+        opened = _open_or_create_run(model, recipe, resolved, run, trust_remote_code, progress)
+        result = stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code)
+    _show_result("calibrate", result, as_json)
+
+
+@app.command()
+def fuse(
+    run: RunArgument = None,
+    device: DeviceOption = Device.auto,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fold the transforms into the weights, and round them."""
+    with command_errors(debug), open_progress(quiet) as progress:
+        from flatq_cli.stages import fuse as stage
+
+        result = stage.fuse(_open_run(run), resolve_device(device), progress, trust_remote_code=trust_remote_code)
+    _show_result("fuse", result, as_json)
+
+
+@app.command()
+def export(
+    run: RunArgument = None,
+    format: Format = "flatq",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to. (default: RUN/export/FORMAT)")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Pack the fused model for an engine.
+
+    The exported directory is loaded again and compared with the fused model before the command succeeds.
+    """
+    with command_errors(debug), open_progress(quiet) as progress:
+        from flatq_cli.stages import export as stage
+
+        result = stage.export(_open_run(run), format, out, progress)
+    _show_result("export", result, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TARGET]", help="A run, an exported or model directory, a hub id, a GGUF. (default: the last run)"
+        ),
+    ] = None,
+    tasks: Tasks = [],  # noqa: B006
+    ppl: Ppl = [],  # noqa: B006
+    seqlen: Seqlen = 2048,
+    limit: Limit = None,
+    baseline: Baseline = None,
+    json_file: JsonFile = None,
+    batch: Batch = 1,
+    num_fewshot: Fewshot = None,
+    device: DeviceOption = Device.auto,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity on texts, and lm-eval tasks."""
+    with command_errors(debug), open_progress(quiet) as progress:
+        _check_writable(json_file)
+        data = _evaluate(
+            target or str(_last_run()),
+            progress,
+            tasks=_split(tasks),
+            ppl=tuple(ppl),
+            seqlen=seqlen,
+            limit=limit,
+            baseline=baseline,
+            batch=batch,
+            device=resolve_device(device),
+            num_fewshot=num_fewshot,
+            trust_remote_code=trust_remote_code,
+        )
+        _write_eval(data, json_file)
+
+
+@app.command()
+def run(
+    model: Model,
+    recipe: RecipeName = "flatq",
+    run: RunDir = None,
+    overrides: Overrides = [],  # noqa: B006
+    format: Format = "flatq",
+    tasks: Tasks = [],  # noqa: B006
+    ppl: Ppl = [],  # noqa: B006
+    seqlen: Seqlen = 2048,
+    limit: Limit = None,
+    baseline: Baseline = None,
+    json_file: JsonFile = None,
+    batch: Batch = 1,
+    num_fewshot: Fewshot = None,
+    device: DeviceOption = Device.auto,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Calibrate, fuse, export and eval in one go.
+
+    Without --ppl and --tasks, eval measures perplexity on the text `auto`. What is done already is not
+    done again: the same command, given again, goes on where it stopped.
+    """
+    with command_errors(debug), open_progress(quiet) as progress:
+        resolved = _resolve_recipe(model, recipe, overrides)
+        _check_writable(json_file)
+        from flatq_cli.stages import calibrate as calibrate_stage
+        from flatq_cli.stages import export as export_stage
+        from flatq_cli.stages import fuse as fuse_stage
+
+        where = resolve_device(device)
+        opened = _open_or_create_run(model, recipe, resolved, run, trust_remote_code, progress)
+        results = {
+            "calibrate": calibrate_stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code),
+            "fuse": fuse_stage.fuse(opened, where, progress, trust_remote_code=trust_remote_code),
+            "export": export_stage.export(opened, format, None, progress),
+        }
+        if json_file != "-":
+            show_mapping(results)
+        data = _evaluate(
+            str(opened.path),
+            progress,
+            tasks=_split(tasks),
+            ppl=tuple(ppl) if ppl or _split(tasks) else ("auto",),
+            seqlen=seqlen,
+            limit=limit,
+            baseline=baseline,
+            batch=batch,
+            device=where,
+            num_fewshot=num_fewshot,
+            trust_remote_code=trust_remote_code,
+        )
+        _write_eval(data, json_file)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A run, an exported directory, a model, a safetensors file.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact holds."""
+    with command_errors(debug):
+        from flatq_cli.stages import inspect as stage
+
+        found = stage.inspect(path or str(_last_run()))
+        if as_json:
+            show_json(found)
+            return
+        show_mapping({"kind": found["kind"], **found["summary"]})
+        if found["tensors"]:
+            show_rows([{**tensor, "shape": str(list(tensor["shape"]))} for tensor in found["tensors"]])
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or JSON files that eval wrote.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put several runs into one table."""
+    with command_errors(debug):
+        from flatq_cli.evaluation import compare as evaluation
+
+        rows = evaluation.compare(runs)
+        show_json(rows) if as_json else show_rows(rows)
+
+
+@app.command()
+def models(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the model presets."""
+    with command_errors(debug):
+        presets = [load_preset(name) for name in preset_names()]
+        rows = [{"name": item.name, "hub": item.hub, "description": item.description} for item in presets]
+        show_json(rows) if as_json else show_rows(rows)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe in full, every key explained.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes, or print one."""
+    with command_errors(debug):
+        if name is not None:
+            recipe = load_recipe(name, overrides)
+            show_json(recipe.model_dump(mode="json")) if as_json else print(describe_recipe(recipe), end="")
+            return
+        rows = [{"name": item, "description": load_recipe(item).description} for item in recipe_names()]
+        show_json(rows) if as_json else show_rows(rows)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show versions, GPU, disk, memory, and what is missing."""
+    with command_errors(debug):
+        from flatq_cli.cli.doctor import examine
+
+        found = examine()
+        if as_json:
+            show_json(found)
+            return
+        missing = found.pop("missing")
+        show_mapping(found)
+        print("\n".join(f"missing: {line}" for line in missing) or "nothing is missing")
+
+
+def main() -> None:
+    """Entry point of the `flatq` script."""
+    app(prog_name="flatq")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"flatq {__version__}")
+        raise typer.Exit
+
+
+def _resolve_recipe(model: str, recipe: str, overrides: Sequence[str]) -> Recipe:
+    preset = find_preset(model)
+    return load_recipe(recipe, overrides, None if preset is None else preset.overrides)
+
+
+def _default_run_dir(model: str, recipe: str) -> Path:
+    """`runs/<model>-<recipe>`, the model by its preset, or by the last part of its hub id or path."""
+    path = Path(model)
+    name = path.resolve().name if path.exists() else path.name
+    return Path("runs") / f"{name.removesuffix('.gguf')}-{recipe_stem(recipe)}"
+
+
+def _open_or_create_run(
+    model: str, recipe: str, resolved: Recipe, run_dir: Path | None, trust_remote_code: bool, progress: Progress
+) -> Run:
+    from flatq_cli.stages.calibrate import open_or_create_run
+    from flatq_cli.store.last import remember_run
+
+    path = run_dir or _default_run_dir(model, recipe)
+    opened = open_or_create_run(model, resolved, path, trust_remote_code, progress=progress)
+    remember_run(path)
+    progress.log(f"run: {path}")
+    return opened
+
+
+def _open_run(path: Path | None) -> Run:
+    from flatq_cli.store.last import remember_run
+    from flatq_cli.store.run import Run
+
+    path = path or _last_run()
+    opened = Run.open(path)
+    remember_run(path)
+    return opened
+
+
+def _last_run() -> Path:
+    """The run that this folder used last; said on stderr, because the user did not name it."""
+    from flatq_cli.store.last import last_run
+
+    path = last_run()
+    log(f"run: {path}")
+    return path
+
+
+def _evaluate(target: str, progress: Progress, **options: Any) -> dict[str, Any]:
+    from flatq_cli.stages.evaluate import EvalRequest, evaluate
+
+    return evaluate(EvalRequest(target=target, **options), progress).to_json()
+
+
+def _split(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that were separated by commas, given in one option or several."""
+    return tuple(name.strip() for group in names for name in group.split(",") if name.strip())
+
+
+def _check_writable(json_file: str | None) -> None:
+    """Refuse a place for the results that cannot be written before hours are spent on them."""
+    if json_file is None or json_file == "-":
+        return
+    path = Path(json_file)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--json {json_file}: cannot write a file there")
+
+
+def _write_eval(data: Mapping[str, Any], json_file: str | None) -> None:
+    if json_file == "-":
+        show_json(data)
+        return
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    show_evaluation(data)
+
+
+def _show_plan(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        show_json({"sites": list(rows), "totals": totals})
+        return
+    show_rows(rows)
+    show_mapping(totals)
+
+
+def _show_result(title: str, result: Mapping[str, Any], as_json: bool) -> None:
+    show_json(result) if as_json else show_mapping(result, title)

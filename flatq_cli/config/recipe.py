@@ -1,0 +1,107 @@
+"""The recipe: everything that decides what a quantization is, as closed, typed, immutable models.
+
+A recipe is read from YAML (`configs/recipes/*.yaml` or a user's file), may be overridden key by key (`--set a.b=v`),
+and is written resolved into the run. Unknown keys are refused. Loading and error messages: `recipe_files.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Bits = Literal[2, 3, 4, 5, 6, 8, 16]
+ClipKind = Literal["none", "learned"]
+
+
+class Frozen(BaseModel):
+    """A closed, immutable model: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class WeightSpec(Frozen):
+    """How the weights of every linear layer of a block are quantized (embedding and head stay as they are)."""
+
+    bits: Bits = Field(4, description="bits of a weight; 16 leaves weights in floating point")
+    group: Annotated[int, Field(ge=0)] = Field(
+        0, description="weights that share a scale, along the input; 0: one scale for each output channel"
+    )
+    symmetric: bool = Field(True, description="codes symmetric around zero, or codes with a zero point")
+    clip: ClipKind = Field("learned", description="learned weight clipping (LWC), or none")
+    rounding: Literal["nearest"] = Field("nearest", description="how a weight becomes a code")
+
+
+class ActivationSpec(Frozen):
+    """How the input of every linear layer is quantized, one scale for each token."""
+
+    bits: Bits = Field(4, description="bits of an activation; 16 leaves them as they are")
+    symmetric: bool = Field(True, description="codes symmetric around zero, or codes with a zero point")
+    clip: ClipKind = Field("learned", description="learned activation clipping (LAC), or none")
+
+
+class KVCacheSpec(Frozen):
+    """How keys (after RoPE) and values are quantized, one scale for each token and head."""
+
+    bits: Bits = Field(4, description="bits of a cached key or value; 16 leaves them as they are")
+    symmetric: bool = Field(False, description="codes symmetric around zero, or codes with a zero point")
+    clip: ClipKind = Field("learned", description="learned clipping of keys and values, or none")
+
+
+class TransformSpec(Frozen):
+    """The invertible map before each linear layer, and where its learning starts."""
+
+    kind: Literal["none", "kronecker"] = Field("kronecker", description="none, or a Kronecker product of two matrices")
+    parametrization: Literal["direct", "svd"] = Field(
+        "direct",
+        description="direct: a free matrix and its inverse; svd: two orthogonal factors, a diagonal (paper)",
+    )
+    init: Literal["identity", "orthogonal", "hadamard", "balanced"] = Field(
+        "balanced", description="where the matrices start: identity, random orthogonal (paper), Hadamard, or balanced"
+    )
+    diagonal: Literal["none", "smooth", "balanced"] = Field(
+        "balanced",
+        description="per-channel scale: none, smooth (from maxima) or balanced (from second moments)",
+    )
+    smooth_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.3, description="exponent of the activation's maxima in the SmoothQuant-style diagonal"
+    )
+
+
+class CalibrationSpec(Frozen):
+    """The text, and how the transforms and clips of a block learn from it."""
+
+    data: str = Field("auto", description="a named text (auto, wikitext2, pydoc) or the path of a UTF-8 text file")
+    samples: Annotated[int, Field(ge=1)] = Field(128, description="sequences")
+    seqlen: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in a sequence")
+    epochs: Annotated[int, Field(ge=0)] = Field(
+        15, description="passes over the sequences for each block; 0: no training"
+    )
+    batch: Annotated[int, Field(ge=1)] = Field(4, description="sequences in a step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="AdamW's rate for transforms")
+    clip_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-2, description="AdamW's rate for clips")
+    loss: Literal["relative", "log"] = Field(
+        "relative", description="squared error over the block's output power, or its logarithm (paper: L / L.detach())"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's weight decay")
+    clip_init: float = Field(4.0, description="start of a clip before the sigmoid: sigmoid(4) = 0.982 of the range")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: as torch chooses")
+
+
+class TuneSpec(Frozen):
+    """Tuning after rounding; not part of this version, so only `steps: 0` is accepted."""
+
+    steps: Literal[0] = Field(0, description="steps of tuning after rounding; 0: none")
+
+
+class Recipe(Frozen):
+    """A whole recipe. Every section and key has a default; the defaults are the recipe `flatq`."""
+
+    description: str = Field("", description="one line for `flatq recipes`")
+    weights: WeightSpec = Field(default_factory=WeightSpec)
+    activations: ActivationSpec = Field(default_factory=ActivationSpec)
+    kv_cache: KVCacheSpec = Field(default_factory=KVCacheSpec)
+    transform: TransformSpec = Field(default_factory=TransformSpec)
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    tune: TuneSpec = Field(default_factory=TuneSpec)

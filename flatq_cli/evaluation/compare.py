@@ -1,0 +1,83 @@
+"""Evaluations side by side: a plain row for each run, and for each result file of what is no run (full precision)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flatq_cli.errors import UsageError
+from flatq_cli.store.run import Run
+
+Row = dict[str, Any]
+_PREFERRED_FORMAT = "flatq"
+
+
+def compare(paths: list[Path]) -> list[Row]:
+    """Gather what runs and result files hold; renders nothing.
+
+    Args:
+        paths: run directories, and JSON files of schema `flatq.eval/1`.
+    Returns:
+        For each path, in order, a flat dict: `name`; `kind` and `recipe` as in the schema; `perplexity.TEXT` and
+        `TASK.METRIC` for each figure, the newest file's where several of a run have the same; `bytes` of the export's
+        safetensors; `compression` of that against the float model in 16 bits; `seconds` of calibrate and fuse. What is
+        unknown is None; a figure that was not measured has no key.
+    Raises:
+        UsageError: a path that is neither, or a file that is broken.
+    """
+    return [_file_row(path) if path.suffix == ".json" else _run_row(path) for path in paths]
+
+
+def _file_row(path: Path) -> Row:
+    return {"name": path.stem, **_figures([_read(path)]), "bytes": None, "compression": None, "seconds": None}
+
+
+def _run_row(path: Path) -> Row:
+    run = Run.open(path)
+    results = sorted(path.glob("eval/*.json"), key=lambda file: file.stat().st_mtime)
+    size, float_bytes = _export_sizes(run)
+    seconds = sum(run.stage(name).manifest.seconds for name in ("calibrate", "fuse"))
+    return {
+        "name": path.name,
+        **_figures([_read(file) for file in results]),
+        "bytes": size,
+        "compression": float_bytes / size if size and float_bytes else None,
+        "seconds": seconds or None,
+    }
+
+
+def _figures(results: list[dict[str, Any]]) -> Row:
+    """What results say, the later ones over the earlier ones; without standard errors."""
+    row: Row = {"kind": None, "recipe": None}
+    for result in results:
+        row["kind"], row["recipe"] = result["kind"], result["recipe"]
+        row.update({f"perplexity.{name}": measured["value"] for name, measured in result["perplexity"].items()})
+        for task, metrics in result["tasks"].items():
+            row.update({f"{task}.{name}": value for name, value in metrics.items() if "_stderr" not in name})
+    return row
+
+
+def _export_sizes(run: Run) -> tuple[int | None, float | None]:
+    """Bytes of an export's weights, and of the float model's in 16 bits; flatq's own format goes before others."""
+    formats = sorted(
+        (run.path / "export").glob("*/manifest.json"), key=lambda file: file.parent.name != _PREFERRED_FORMAT
+    )
+    if not formats:
+        return None, None
+    folder = formats[0].parent
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    float_bytes = run.stage(f"export/{folder.name}").manifest.metrics.get("float16_bytes")
+    return size or None, float(float_bytes) if isinstance(float_bytes, int | float) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if not isinstance(result, dict) or result.get("schema") != "flatq.eval/1":
+        raise UsageError(f"{path}: not a result of `flatq eval --json` (schema flatq.eval/1)")
+    return result

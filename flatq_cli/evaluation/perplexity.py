@@ -1,0 +1,119 @@
+"""Perplexity, as the GPTQ line of papers measures it, with no more of the model in memory than one block.
+
+A text is cut into consecutive windows of `seqlen` tokens (`flatq_cli.data.windows`). A window's loss is the mean
+negative log-likelihood of its tokens given those before them *in the window*; the mean over windows, exponentiated, is
+the perplexity. Where the logits come from does not matter: a loaded model (`model_logits`), or a block source that is
+read one block at a time (`streamed_logits`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flatq_cli.models.source import BlockSource
+    from flatq_cli.store.progress import Progress
+
+_ROWS = 256
+"""Rows of logits that are held in float32 at a time: 256 x 128k words is 128 MiB."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        value: exp(mean over windows of the mean loss); `inf` or `nan` where the model's output is broken.
+        tokens: tokens read, windows · seqlen (the first of each window is read, not predicted).
+        seqlen: tokens in a window.
+    """
+
+    value: float
+    tokens: int
+    seqlen: int
+
+
+def window_loss(logits: Tensor, tokens: Tensor) -> float:
+    """Mean next-token loss of one window.
+
+    Args:
+        logits: `[s, vocab]`, any float dtype. tokens: int64 `[s]`, what the logits were computed from.
+    Returns:
+        The mean of `-log softmax(logits[i])[tokens[i + 1]]` over the s - 1 places that have a next token. Computed in
+        float32, a few rows at a time, so that a float32 copy of the logits never exists.
+    """
+    targets = tokens[1:].to(logits.device)
+    total = 0.0
+    for start in range(0, len(targets), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(targets)))
+        total += functional.cross_entropy(logits[rows].float(), targets[rows], reduction="sum").item()
+    return total / len(targets)
+
+
+def perplexity(windows: Tensor, logits: Iterable[Tensor]) -> Perplexity:
+    """Perplexity of the text in `windows` under the model that gave `logits`.
+
+    Args:
+        windows: int64 `[n, s]`, n ≥ 1, s ≥ 2.
+        logits: n tensors `[s, vocab]` or `[1, s, vocab]`, in the order of the windows; consumed one at a time.
+    Raises:
+        ValueError: if `windows` is too small, or the logits are not one tensor for each window.
+    Source: the protocol of GPTQ (arXiv 2210.17323), OmniQuant, QuaRot and FlatQuant.
+    """
+    count, seqlen = windows.shape
+    if count < 1 or seqlen < 2:
+        raise ValueError(f"perplexity needs at least one window of two tokens, not {tuple(windows.shape)}")
+    losses = [window_loss(scores.reshape(seqlen, -1), window) for window, scores in zip(windows, logits, strict=True)]
+    mean = sum(losses) / count
+    value = math.exp(mean) if mean < 700 else mean * math.inf  # nan stays nan; exp(710) overflows
+    return Perplexity(value=value, tokens=count * seqlen, seqlen=seqlen)
+
+
+@torch.no_grad()
+def streamed_logits(
+    source: BlockSource, windows: Tensor, progress: Progress, device: str, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Logits of a model whose blocks are read one at a time, each run over all windows before the next is read.
+
+    Args:
+        source: the blocks. windows: int64 `[n, s]`.
+        device: where a block runs. dtype: of its weights and activations.
+    Yields:
+        n tensors `[s, vocab]` on `device`. In memory are one block (then the head), the hidden states `[n, s, hidden]`
+        on the CPU, and the logits of one window.
+    """
+    from flatq_cli.models.source import run_block
+
+    hidden = source.embed(windows, dtype)  # on the CPU: long texts of wide models are larger than what a GPU has left
+    kwargs = source.block_kwargs(hidden[:1].to(device))
+    for index in progress.track(range(source.num_blocks), "perplexity: blocks"):
+        block = source.block(index, dtype, device)
+        for row in range(len(hidden)):
+            state = hidden[row : row + 1].to(device)
+            hidden[row : row + 1] = run_block(block, state, kwargs[index]).to("cpu")
+        del block  # before the next one is read
+    head = source.head(dtype, device)
+    for row in progress.track(range(len(hidden)), "perplexity: head"):
+        yield head(hidden[row : row + 1].to(device))[0]
+
+
+@torch.no_grad()
+def model_logits(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
+    """Logits of a loaded model, window by window.
+
+    Args:
+        model: a causal language model of transformers. windows: int64 `[n, s]`.
+    Yields:
+        n tensors `[s, vocab]`, on the model's device and in its dtype.
+    """
+    for row in progress.track(range(len(windows)), "perplexity: windows"):
+        yield model(input_ids=windows[row : row + 1].to(model.device), use_cache=False).logits[0]

@@ -1,0 +1,177 @@
+"""What can be evaluated, and how its logits are had.
+
+    a run                                        fake-quant: its fused blocks, one in memory at a time
+    an exported directory (or hub id)            packed: transformers loads it with flatq's quantizer
+    a model directory, hub id, preset or GGUF    float: one block at a time where flatq knows the family, else whole
+
+Perplexity streams where it can, so that a model larger than memory can be measured; lm-eval needs the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flatq_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from flatq_cli.models.locate import ModelLocation
+    from flatq_cli.models.source import BlockSource
+    from flatq_cli.store.progress import Progress
+    from flatq_cli.store.run import Run
+
+Kind = Literal["float", "fake-quant", "packed"]
+RUN_FILE = "run.yaml"
+
+
+@dataclass
+class Target:
+    """A model to evaluate.
+
+    Attributes:
+        spec: what the user typed. kind: as in schema `flatq.eval/1`. recipe: the name of its recipe; None for float.
+        tokenizer: its tokenizer. device, dtype: where and in what it computes.
+        source: its blocks, if it can be streamed. load: loads the whole model, on the CPU or where it pleases.
+    """
+
+    spec: str
+    kind: Kind
+    recipe: str | None
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    dtype: torch.dtype
+    load: Callable[[], PreTrainedModel]
+    source: BlockSource | None = None
+    _model: PreTrainedModel | None = field(default=None, repr=False)
+
+    def model(self) -> PreTrainedModel:
+        """The whole model on `device`, ready to answer; loaded the first time it is asked for."""
+        if self._model is None:
+            self._model = self.load().to(self.device).eval()
+        return self._model
+
+    def logits(self, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
+        """Logits `[s, vocab]` of each of the windows, int64 `[n, s]`, in their order."""
+        from flatq_cli.evaluation.perplexity import model_logits, streamed_logits
+
+        if self._model is None and self.source is not None:
+            return streamed_logits(self.source, windows, progress, self.device, self.dtype)
+        return model_logits(self.model(), windows, progress)
+
+
+def open_target(spec: str, device: str, trust_remote_code: bool = False) -> Target:
+    """Find out what `spec` names and open it; weights are read later.
+
+    Args:
+        spec: a run, an exported directory, a model directory, a hub id, a preset, or a `.gguf` file.
+        device: "cpu" or "cuda". On the CPU all is computed in float32, on a GPU in the model's own dtype.
+    Raises:
+        UsageError: there is no such thing, it is damaged, or it is a run that is not fused yet.
+    """
+    if (Path(spec) / RUN_FILE).is_file():
+        return _run_target(spec, device, trust_remote_code)
+    from flatq_cli.models.families import supported_model_types
+    from flatq_cli.models.locate import load_config, load_tokenizer, locate
+
+    try:
+        location = locate(spec)
+    except UsageError as error:
+        if Path(spec).exists():
+            raise
+        # `locate` speaks of models only; the user may have meant a run.
+        raise UsageError(f"{spec}: there is no run; nor a model: {str(error).removeprefix('--model: ')}") from error
+    quantization = _quantization(location)
+    if quantization.get("quant_method") == "flatq":
+        import flatq_cli.runtime.transformers_plugin  # noqa: F401  (registers the quantizer)
+    config = load_config(location, trust_remote_code)
+    tokenizer = load_tokenizer(location, trust_remote_code)
+    dtype = _compute_dtype(device, getattr(config, "dtype", None))
+
+    def load_whole() -> PreTrainedModel:
+        return _load_whole(location, dtype, trust_remote_code)
+
+    if quantization:
+        return Target(spec, "packed", _recipe_name(quantization), tokenizer, device, dtype, load_whole)
+    if config.model_type not in supported_model_types():
+        return Target(spec, "float", None, tokenizer, device, dtype, load_whole)
+    from flatq_cli.models.source import open_source
+
+    source = open_source(location, trust_remote_code=trust_remote_code)
+    return Target(spec, "float", None, tokenizer, device, dtype, lambda: source.assemble(None, dtype, device), source)
+
+
+def _run_target(spec: str, device: str, trust_remote_code: bool) -> Target:
+    from flatq_cli.models.locate import load_tokenizer
+    from flatq_cli.runtime.fused import open_fused
+    from flatq_cli.store.run import Run
+
+    run = Run.open(Path(spec))
+    source = open_fused(run, trust_remote_code=trust_remote_code)
+    dtype = _compute_dtype(device, getattr(source.config, "dtype", None))
+    return Target(
+        spec=spec,
+        kind="fake-quant",
+        recipe=_run_recipe(run),
+        tokenizer=load_tokenizer(source.location, trust_remote_code),
+        device=device,
+        dtype=dtype,
+        load=lambda: source.assemble(lambda index: source.block(index, dtype, device), dtype, device),
+        source=source,
+    )
+
+
+def _run_recipe(run: Run) -> str | None:
+    """The bundled recipe a run started from, which its description tells: `--set` and presets leave that alone."""
+    from flatq_cli.config.recipe_files import load_recipe, recipe_names
+
+    description = run.config.recipe.description
+    return next((name for name in recipe_names() if description and load_recipe(name).description == description), None)
+
+
+def _compute_dtype(device: str, stored: Any) -> torch.dtype:
+    """float32 on the CPU; on a GPU the model's own dtype, bfloat16 if it is not a 16-bit one."""
+    import torch
+
+    if device == "cpu":
+        return torch.float32
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _quantization(location: ModelLocation) -> dict[str, Any]:
+    """`quantization_config` of a model directory, {} where there is none (a GGUF is dequantized as it is read)."""
+    if location.kind == "gguf":
+        return {}
+    try:
+        config = json.loads((location.path / "config.json").read_text(encoding="utf-8"))
+        quantization = config.get("quantization_config") or {}
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{location.path / 'config.json'}: not a JSON object ({error})") from error
+    return quantization if isinstance(quantization, dict) else {}
+
+
+def _recipe_name(quantization: dict[str, Any]) -> str | None:
+    name = quantization.get("recipe_name")
+    return name if isinstance(name, str) else None
+
+
+def _load_whole(location: ModelLocation, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model as transformers loads it, dequantized where it is a GGUF."""
+    from transformers import AutoModelForCausalLM
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(location.path)}
+    if location.kind == "gguf":
+        where = {"pretrained_model_name_or_path": str(location.path.parent), "gguf_file": location.path.name}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{location.path}: transformers cannot load it: {reason}") from error

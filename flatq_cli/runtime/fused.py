@@ -1,0 +1,59 @@
+"""The fused model of a run, block by block: what `flatq eval` runs as fake-quant.
+
+A `FusedSource` is a block source whose blocks are stock modules with their sites attached and with the dequantized
+codes as weights. It reads RUN/fuse alone; the original model gives only its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from flatq_cli.models.checkpoint import Checkpoint, SafetensorsCheckpoint
+from flatq_cli.models.locate import locate
+from flatq_cli.models.source import BlockSource, open_source
+from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
+from flatq_cli.runtime.layout import SiteLayout, block_layout
+from flatq_cli.runtime.sites import ATTENTION, attach_sites, online_sites
+from flatq_cli.store.run import Run
+
+STAGE = "fuse"
+
+
+class FusedSource(BlockSource):
+    """Embedding, blocks and head of a run's fuse stage."""
+
+    attention = ATTENTION
+
+    def __init__(self, original: BlockSource, checkpoint: Checkpoint, layouts: Mapping[str, SiteLayout]) -> None:
+        super().__init__(original.location, original.config, checkpoint)
+        self.layouts = layouts
+
+    def _prepared(self, block: nn.Module) -> nn.Module:
+        return attach_sites(block, self.family, online_sites(self.layouts))
+
+    def _tensors(self, prefix: str) -> dict[str, Tensor]:
+        return dequantized(super()._tensors(prefix))
+
+
+def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fused tensors of a block with each linear's codes and scales replaced by one float32 `weight`."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith((CODES, SCALE, ZERO))}
+    for name in tensors:
+        if name.endswith(f".{CODES}"):
+            linear = name.removesuffix(f".{CODES}")
+            parts = {
+                part: tensors[f"{linear}.{part}"] for part in (CODES, SCALE, ZERO) if f"{linear}.{part}" in tensors
+            }
+            plain[f"{linear}.weight"] = dequantize_weight(parts)
+    return plain
+
+
+def open_fused(run: Run, trust_remote_code: bool = False) -> FusedSource:
+    """The fused model of `run`; UsageError if its fuse stage is not finished."""
+    stage = run.stage(STAGE)
+    stage.require_done("flatq fuse")
+    original = open_source(locate(run.config.model.location), trust_remote_code=trust_remote_code)
+    layouts = block_layout(run.config.recipe, original.family, original.shapes)
+    return FusedSource(original, SafetensorsCheckpoint(stage.path), layouts)

@@ -1,0 +1,122 @@
+"""The linear layer of an export: its weight stays packed in memory and is floating point only during a forward.
+
+    codes = unpack(weight_packed)    weight = scale · (codes − zero) in float32    y = x · cast(weight)ᵀ + cast(bias)
+
+`cast` goes to x's dtype. The weight is that of `dequantize_weight`, bit for bit, so in every dtype the layer gives what
+a plain linear gives whose weight was dequantized in float32 and cast: fake-quant and packed agree. Scales are part of
+the codes' meaning and stay float32 (docs/format.md): `.to(torch.bfloat16)` moves this layer and casts nothing in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flatq_cli.quantization.packing import codes_per_byte, pack, unpack
+from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
+
+PACKED = "weight_packed"
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b with W as packed integer codes.
+
+    Buffers: `weight_packed` uint8 [out, ceil(in / codes per byte)], `weight_scale` float32 [out, groups], `weight_zero`
+    int32 [out, groups] or None (symmetric codes), `bias` float32 [out] or None. A fresh one holds zeros.
+
+    Args:
+        group: inputs that share a scale; 0 for one scale a row.
+    Raises:
+        ValueError: if `group` does not divide `in_features`, or bits are not 2 to 8.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        symmetric: bool,
+        bias: bool,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if group and in_features % group:
+            raise ValueError(f"a group of {group} weights does not divide a row of {in_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.symmetric = bits, symmetric
+        groups = in_features // group if group else 1
+        width = -(-in_features // codes_per_byte(bits))
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer(PACKED, zeros(out_features, width, dtype=torch.uint8))
+        self.register_buffer(SCALE, zeros(out_features, groups, dtype=torch.float32))
+        self.register_buffer(ZERO, None if symmetric else zeros(out_features, groups, dtype=torch.int32))
+        self.register_buffer("bias", zeros(out_features, dtype=torch.float32) if bias else None)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        symmetric: bool,
+    ) -> PackedLinear:
+        """The layer of a rounded weight.
+
+        Args:
+            codes: integers [out, in]. scale: [out, groups].
+            zero: [out, groups], None where `symmetric`. bias: [out] or None.
+        """
+        if symmetric != (zero is None):
+            raise ValueError("asymmetric codes have a zero point, symmetric codes have none")
+        out_features, in_features = codes.shape
+        group = in_features // scale.shape[1]
+        linear = cls(in_features, out_features, bits, group, symmetric, bias is not None, codes.device)
+        linear.weight_packed = pack(codes, bits)
+        linear.weight_scale = scale.detach().float()
+        linear.weight_zero = None if zero is None else zero.to(torch.int32)
+        linear.bias = None if bias is None else bias.detach().float()
+        return linear
+
+    def codes(self) -> Tensor:
+        """The integer codes [out, in]: int8, or uint8 for asymmetric 8-bit codes."""
+        return unpack(self.weight_packed, self.bits, self.in_features, self.symmetric)
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 [out, in]: scale · (codes − zero)."""
+        parts = {CODES: self.codes(), SCALE: self.weight_scale}
+        return dequantize_weight(parts if self.weight_zero is None else {**parts, ZERO: self.weight_zero})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out] in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """What `.to`, `.cuda`, `.bfloat16`, … run over every tensor: follow to another device, not to another dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        groups = self.weight_scale.shape[1]
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.bits} bits {kind}, {groups=}"

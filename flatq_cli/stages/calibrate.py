@@ -1,0 +1,205 @@
+"""`flatq calibrate`: learn the transforms and clips of every block, one at a time, each saved as soon as it is done.
+
+The blocks are independent of each other given their full-precision inputs, so a run that was killed goes on at the
+first block it has not saved: the blocks before it are only run forward again, to get the next block's input.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatq_cli.calibration.fit import FitResult, QuantizedBlock, fit_block
+from flatq_cli.calibration.learnable import BlockParameters
+from flatq_cli.calibration.moments import Recorder, recorders
+from flatq_cli.calibration.start import starting_transforms
+from flatq_cli.config.recipe import Recipe
+from flatq_cli.data.texts import load_text
+from flatq_cli.data.windows import calibration_windows
+from flatq_cli.models.locate import fingerprint, load_tokenizer, locate
+from flatq_cli.models.source import BlockSource, open_source, run_block
+from flatq_cli.runtime.layout import SiteLayout, block_layout
+from flatq_cli.runtime.sites import attach_sites, online_sites
+from flatq_cli.store.progress import Progress
+from flatq_cli.store.run import Metrics, Run, Stage
+from flatq_cli.store.versions import package_versions
+
+STAGE = "calibrate"
+
+
+def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Learn the transforms and clips of every block not yet in `run`.
+
+    Returns:
+        The stage's metrics: blocks, mean relative error before and after, seconds.
+    Raises:
+        FlatqError: anything a user can act on.
+    """
+    started = time.monotonic()
+    recipe = run.config.recipe
+    torch_device = _prepare(recipe, device)
+    stage = run.stage(STAGE)
+    stage.begin()
+    source = open_source(locate(run.config.model.location), trust_remote_code=trust_remote_code)
+    names = [block_name(index) for index in range(source.num_blocks)]
+    if stage.done and all(stage.complete(name) for name in names):
+        progress.log(f"calibrate: all {len(names)} blocks are done")
+        return dict(stage.manifest.metrics)
+
+    hidden = source.embed(_tokens(run, source))
+    kwargs = source.block_kwargs(hidden[:1])
+    layouts = block_layout(recipe, source.family, source.shapes)
+    last_missing = max(i for i, name in enumerate(names) if not stage.complete(name))
+    for index in progress.track(range(last_missing + 1), "calibrate"):
+        block_started = time.monotonic()
+        missing = not stage.complete(names[index])
+        recorded = recorders(source.family, source.shapes, layouts) if missing else {}
+        targets = _full_precision(source, index, hidden, kwargs[index], recorded, recipe, torch_device)
+        if missing:
+            tensors, fit = _fit(source, index, recipe, layouts, recorded, hidden, targets, kwargs[index], torch_device)
+            _save(stage, index, tensors, fit, time.monotonic() - block_started)
+            progress.note(f"loss {fit.loss_before:.5f} → {fit.loss_after:.5f}")
+        hidden = targets
+    metrics = _summary(stage, names)
+    stage.finish(metrics, seconds=time.monotonic() - started)
+    return metrics
+
+
+def open_or_create_run(
+    model: str, recipe: Recipe, run_dir: Path, trust_remote_code: bool = False, progress: Progress | None = None
+) -> Run:
+    """The run at `run_dir` for this model and recipe; an existing one made with others is refused with the difference
+    shown.
+    """
+    from flatq_cli.models.locate import load_config
+    from flatq_cli.store.run import DataIdentity, ModelIdentity, RunConfig, open_or_create
+
+    location = locate(model)
+    config = load_config(location, trust_remote_code=trust_remote_code)
+    # The text of an existing run stays the run's: `auto` is decided once.
+    asked = _recorded_text(run_dir, recipe) or recipe.calibration.data
+    text = load_text(asked, warn=progress.log if progress is not None else None)
+    identity = RunConfig(
+        recipe=recipe,
+        model=ModelIdentity(
+            spec=model,
+            location=str(location.path),
+            kind=location.kind,
+            name=location.name,
+            revision=location.revision,
+            fingerprint=fingerprint(location),
+            model_type=config.model_type,
+            num_blocks=config.num_hidden_layers,
+        ),
+        data=DataIdentity(name=text.name, sha256=text.sha256, characters=len(text.content)),
+        versions=package_versions(),
+    )
+    return open_or_create(run_dir, identity)
+
+
+def _recorded_text(run_dir: Path, recipe: Recipe) -> str | None:
+    """The text an existing run resolved `auto` to; None for a new run or another recipe."""
+    if recipe.calibration.data != "auto" or not (run_dir / "run.yaml").exists():
+        return None
+    data = Run.open(run_dir).config.data
+    return data.name if data is not None else None
+
+
+def block_name(index: int) -> str:
+    """Name of a block's item in the manifest and, with `.safetensors`, of its file."""
+    return f"block-{index:05d}"
+
+
+def _prepare(recipe: Recipe, device: str) -> torch.device:
+    if recipe.calibration.threads:
+        torch.set_num_threads(recipe.calibration.threads)
+    torch.manual_seed(recipe.calibration.seed)
+    return torch.device(device)
+
+
+def _tokens(run: Run, source: BlockSource) -> Tensor:
+    """[samples, seqlen] token ids of the run's calibration text."""
+    spec = run.config.recipe.calibration
+    data = run.config.data
+    text = load_text(data.name if data is not None and spec.data == "auto" else spec.data)
+    return calibration_windows(text, load_tokenizer(source.location), spec.samples, spec.seqlen, spec.seed)
+
+
+@torch.no_grad()
+def _full_precision(
+    source: BlockSource,
+    index: int,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    recorded: dict[str, Recorder],
+    recipe: Recipe,
+    device: torch.device,
+) -> Tensor:
+    """The full-precision output of block `index` for `hidden`, [samples, tokens, hidden]; fills the recorders on the
+    way.
+    """
+    block = attach_sites(source.block(index, device=device), source.family, recorded)
+    kwargs = to_device(kwargs, device)
+    targets = torch.empty_like(hidden)
+    batch = recipe.calibration.batch
+    for first in range(0, hidden.shape[0], batch):
+        rows = slice(first, first + batch)
+        targets[rows] = run_block(block, hidden[rows].to(device), kwargs).to(targets)
+    return targets
+
+
+def _fit(
+    source: BlockSource,
+    index: int,
+    recipe: Recipe,
+    layouts: dict[str, SiteLayout],
+    recorded: dict[str, Recorder],
+    hidden: Tensor,
+    targets: Tensor,
+    kwargs: dict[str, Any],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], FitResult]:
+    """Start and train block `index`; its tensors as they are stored."""
+    generator = torch.Generator().manual_seed(recipe.calibration.seed * 100_003 + index)
+    block = attach_sites(source.block(index, device=device), source.family, online_sites(layouts)).to(device)
+    quantized = QuantizedBlock(block, source.family, source.shapes, recipe.weights)
+    starts = starting_transforms(
+        recipe.transform, layouts, source.family, source.shapes, quantized.parameters, recorded, generator
+    )
+    learnable = BlockParameters(recipe, layouts, starts, source.shapes.linears(source.family)).to(device)
+    fit = fit_block(
+        quantized, learnable, hidden, targets, to_device(kwargs, device), recipe.calibration, index=index, device=device
+    )
+    return learnable.plain(), fit
+
+
+def _save(stage: Stage, index: int, tensors: dict[str, Tensor], fit: FitResult, seconds: float) -> None:
+    name = block_name(index)
+    metrics: Metrics = {"loss_before": fit.loss_before, "loss_after": fit.loss_after, "steps": fit.steps}
+    stage.save(name, f"{name}.safetensors", tensors, metrics, seconds)
+
+
+def _summary(stage: Stage, names: list[str]) -> dict[str, float | int]:
+    items = [stage.manifest.items[name] for name in names]
+
+    def mean(key: str) -> float:
+        return sum(float(item.metrics[key] or 0.0) for item in items) / len(items)
+
+    return {"blocks": len(items), "loss_before": mean("loss_before"), "loss_after": mean("loss_after")}
+
+
+def to_device(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Block arguments with every tensor, also inside tuples, on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, tuple):
+            return tuple(move(v) for v in value)
+        return value
+
+    return {name: move(value) for name, value in kwargs.items()}

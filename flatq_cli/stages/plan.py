@@ -1,0 +1,145 @@
+"""`flatq calibrate --dry-run`: what a calibration will learn, hold and take, from the model's configuration alone.
+
+Sites, shapes and parameters are exact. Memory counts the large tensors that are alive at once; time divides the FLOP
+of the run by the rate of a short float32 matmul on this machine, so it is an estimate for planning, within a factor
+of two or so.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flatq_cli.config.recipe import Recipe
+from flatq_cli.models.families import Family, Shapes, family_of
+from flatq_cli.models.locate import load_config, locate
+from flatq_cli.quantization.weights import groups_of
+from flatq_cli.runtime.layout import SiteLayout, block_layout
+
+FLOAT32, FLOAT64 = 4, 8
+# Copies of a block's weights alive in a training step: its own, folded, quantized, and the gradients of the last two.
+WEIGHT_COPIES = 5
+# A step costs forward, backward to inputs and backward to weights: three forwards.
+PASSES_PER_STEP = 3
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What a calibration of `model` by `recipe` is made of."""
+
+    model: str
+    recipe: Recipe
+    shapes: Shapes
+    layouts: dict[str, SiteLayout]
+    linears: dict[str, tuple[int, int]]
+    blocks: int
+    vocabulary: int
+    flops_per_second: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a site: its sizes, what its transform is made of, its quantizer and its costs."""
+        return [
+            {
+                "site": layout.name,
+                "width": layout.width,
+                "n1": layout.n1,
+                "n2": layout.n2,
+                "transform": _transform_text(layout),
+                "bits": layout.bits,
+                "parameters": layout.parameters,
+                "online_flops_per_token": layout.online_flops,
+            }
+            for layout in self.layouts.values()
+        ]
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over sites and blocks, memory in bytes, time in seconds."""
+        spec = self.recipe.calibration
+        return {
+            "model": self.model,
+            "blocks": self.blocks,
+            "tokens": spec.samples * spec.seqlen,
+            "steps_per_block": spec.epochs * -(-spec.samples // spec.batch),
+            "parameters_per_block": self.parameters_per_block,
+            "memory_bytes": self.memory_bytes,
+            "artifact_bytes": self.blocks * self.parameters_per_block * FLOAT32,
+            "seconds": self.seconds,
+        }
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of a block's linears."""
+        return sum(out * width for out, width in self.linears.values())
+
+    @property
+    def parameters_per_block(self) -> int:
+        """Numbers that are learned for a block: transforms, activation clips, weight clips."""
+        weights = self.recipe.weights
+        learned = weights.bits < 16 and weights.clip == "learned"
+        clips = sum(2 * out * groups_of(width, weights.group) for out, width in self.linears.values()) if learned else 0
+        return sum(layout.parameters for layout in self.layouts.values()) + clips
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak: the larger of the embedding alone and a block with its hidden states, moments and one step's
+        activations.
+        """
+        spec, shapes = self.recipe.calibration, self.shapes
+        hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
+        moments = sum(2 * layout.width**2 * FLOAT64 for layout in self.layouts.values())
+        per_token = 16 * shapes.hidden + 8 * shapes.intermediate + 8 * shapes.heads * shapes.head_dim
+        step = spec.batch * spec.seqlen * per_token * FLOAT32
+        block = WEIGHT_COPIES * self.block_weights * FLOAT32
+        embedding = self.vocabulary * shapes.hidden * FLOAT32
+        return max(embedding + hidden // 2, block + hidden + max(step, moments))
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time: the forward passes, the moments, and the training steps."""
+        spec = self.recipe.calibration
+        tokens = spec.samples * spec.seqlen
+        attention = 2 * spec.seqlen * self.shapes.heads * self.shapes.head_dim
+        forward = 2 * tokens * (self.block_weights + attention)
+        moments = sum(2 * tokens * layout.width**2 for layout in self.layouts.values())
+        training = spec.epochs * PASSES_PER_STEP * forward
+        return self.blocks * (3 * forward + moments + training) / self.flops_per_second
+
+
+def plan(model: str, recipe: Recipe, device: str, trust_remote_code: bool = False) -> CalibrationPlan:
+    """Read the model's configuration and measure the machine; loads no weights."""
+    config = load_config(locate(model), trust_remote_code=trust_remote_code)
+    family: Family = family_of(config)
+    shapes = Shapes.of(config)
+    if recipe.calibration.threads:
+        torch.set_num_threads(recipe.calibration.threads)
+    return CalibrationPlan(
+        model=model,
+        recipe=recipe,
+        shapes=shapes,
+        layouts=block_layout(recipe, family, shapes),
+        linears=shapes.linears(family),
+        blocks=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        flops_per_second=_matmul_rate(torch.device(device)),
+    )
+
+
+def _transform_text(layout: SiteLayout) -> str:
+    factors = [f"{size}×{size}" for size, present in ((layout.n1, layout.left), (layout.n2, layout.right)) if present]
+    parts = (["diag"] if layout.diag else []) + ([" ⊗ ".join(factors)] if factors else [])
+    return " · ".join(parts) or "none"
+
+
+def _matmul_rate(device: torch.device, size: int = 1024, repeats: int = 8) -> float:
+    """FLOP a second of float32 matmuls (bf16 on CUDA, as training runs there)."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    _ = matrix @ matrix
+    started = time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    float(product[0, 0])  # waits for a GPU
+    return repeats * 2 * size**3 / (time.perf_counter() - started)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from flatq_cli.config.recipe_files import load_recipe
+from flatq_cli.errors import UsageError
+from flatq_cli.stages.calibrate import calibrate, open_or_create_run
+from flatq_cli.stages.evaluate import EvalRequest, EvalResult, evaluate, result_name
+from flatq_cli.stages.export import export
+from flatq_cli.stages.fuse import fuse
+from flatq_cli.store.progress import SilentProgress
+from flatq_cli.store.run import Run
+
+WORDS = ["the", "old", "dog", "sees", "a", "river", "and", "garden"]
+
+
+class Lines(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(0)
+    sentences = [" ".join(rng.choices(WORDS, k=rng.randint(5, 11))) + "." for _ in range(90)]
+    file = tmp_path_factory.mktemp("text") / "little-prose.txt"
+    file.write_text("\n".join(sentences), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    words = {word: i for i, word in enumerate(["<unk>", ".", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that is fused and exported."""
+    settings = [f"calibration.data={text}", "calibration.samples=2", "calibration.seqlen=16"]
+    recipe = load_recipe("rtn", settings)
+    run = open_or_create_run(str(model_dir), recipe, tmp_path_factory.mktemp("runs") / "tiny-rtn")
+    calibrate(run, "cpu", SilentProgress())
+    fuse(run, "cpu", SilentProgress())
+    export(run, "flatq", None, SilentProgress())
+    return run
+
+
+def test_the_result_has_exactly_the_keys_of_the_schema(model_dir: Path, text: Path):
+    asked = EvalRequest(str(model_dir), ppl=(str(text),), tasks=(f"lastword:{text}",), seqlen=32, limit=4)
+    result = evaluate(asked, SilentProgress()).to_json()
+    assert list(result) == [
+        "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds",
+    ]  # fmt: skip
+    assert (result["schema"], result["target"]) == ("flatq.eval/1", str(model_dir))
+    assert (result["kind"], result["recipe"], result["gates"]) == ("float", None, [])
+    assert result["perplexity"]["little-prose"].keys() == {"value", "tokens", "seqlen"}
+    assert result["perplexity"]["little-prose"]["tokens"] == 4 * 32
+    assert {"acc", "perplexity"} <= result["tasks"]["lastword:little-prose"].keys()
+    assert {"flatq", "torch", "transformers", "lm_eval"} <= result["versions"].keys()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_a_run_and_its_export_have_the_same_figures(run: Run, text: Path):
+    asked = {"ppl": (str(text),), "tasks": (f"lastword:{text}",), "seqlen": 32, "limit": 4}
+    fused = evaluate(EvalRequest(str(run.path), **asked), SilentProgress())
+    packed = evaluate(EvalRequest(str(run.path / "export" / "flatq"), **asked), SilentProgress())
+    assert (fused.kind, fused.recipe) == ("fake-quant", "rtn")
+    assert (packed.kind, packed.recipe) == ("packed", "rtn")
+    values = [result.perplexity["little-prose"].value for result in (fused, packed)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    scores = [result.tasks["lastword:little-prose"] for result in (fused, packed)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4, nan_ok=True)
+
+
+def test_quantization_changes_the_perplexity_and_the_baseline_stands_beside_it(run: Run, model_dir: Path, text: Path):
+    asked = EvalRequest(str(run.path), ppl=(str(text),), seqlen=32, limit=4, baseline=str(model_dir))
+    result = evaluate(asked, SilentProgress())
+    assert result.baseline is not None
+    alone = evaluate(EvalRequest(str(model_dir), ppl=(str(text),), seqlen=32, limit=4), SilentProgress())
+    assert result.baseline.perplexity == alone.perplexity
+    assert result.perplexity != alone.perplexity
+    assert result.to_json()["baseline"]["kind"] == "float"
+
+
+def test_the_result_of_a_run_is_kept_in_it(run: Run, text: Path):
+    asked = EvalRequest(str(run.path), ppl=(str(text),), seqlen=16, limit=2)
+    result = evaluate(asked, SilentProgress())
+    kept = run.path / "eval" / "ppl-little-prose-16-limit-2.json"
+    assert json.loads(kept.read_text()) == result.to_json()
+    assert f"{result.perplexity['little-prose'].value:.4g}" in kept.with_suffix(".md").read_text()
+
+
+def test_a_run_that_is_not_fused_says_what_to_run(model_dir: Path, text: Path, tmp_path: Path):
+    recipe = load_recipe("rtn", [f"calibration.data={text}", "calibration.samples=2", "calibration.seqlen=16"])
+    run = open_or_create_run(str(model_dir), recipe, tmp_path / "run")
+    with pytest.raises(UsageError, match="flatq fuse"):
+        evaluate(EvalRequest(str(run.path), ppl=(str(text),)), SilentProgress())
+
+
+def test_nothing_to_evaluate_says_what_to_give():
+    with pytest.raises(UsageError, match=r"--ppl FILE.*--tasks"):
+        evaluate(EvalRequest("anything"), SilentProgress())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "option"),
+    [
+        ({"seqlen": 1}, "--seqlen"),
+        ({"limit": 0}, "--limit"),
+        ({"batch": 0}, "--batch"),
+        ({"num_fewshot": -1}, "--num-f"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(wrong: dict[str, int], option: str):
+    with pytest.raises(UsageError, match=option):
+        evaluate(EvalRequest("anything", ppl=("pydoc",), **wrong), SilentProgress())
+
+
+def test_a_missing_text_is_found_before_anything_is_measured(model_dir: Path, text: Path):
+    progress = Lines()
+    with pytest.raises(UsageError, match=r"no-such\.txt"):
+        evaluate(EvalRequest(str(model_dir), ppl=(str(text), "no-such.txt"), seqlen=32), progress)
+    assert progress.lines == []
+
+
+def test_two_texts_of_one_name_are_refused(model_dir: Path, text: Path, tmp_path: Path):
+    (tmp_path / "little-prose.md").write_text("Another.")
+    with pytest.raises(UsageError, match="two texts are called 'little-prose'"):
+        evaluate(EvalRequest(str(model_dir), ppl=(str(text), str(tmp_path / "little-prose.md"))), SilentProgress())
+
+
+def test_a_model_that_gives_nan_is_reported_and_does_not_crash(model_dir: Path, text: Path, tmp_path: Path):
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    model.save_pretrained(tmp_path)
+    for file in model_dir.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    progress = Lines()
+    result = evaluate(EvalRequest(str(tmp_path), ppl=(str(text),), seqlen=32, limit=1), progress)
+    assert math.isnan(result.perplexity["little-prose"].value)
+    assert result.to_json()["perplexity"]["little-prose"]["value"] is None
+    assert any("null" in line for line in progress.lines)
+
+
+def test_names_of_results_differ_where_the_request_does_and_fit_a_file_system():
+    requests = [
+        EvalRequest("run", ppl=("a",)),
+        EvalRequest("run", ppl=("a",), seqlen=1024),
+        EvalRequest("run", ppl=("a",), limit=8),
+        EvalRequest("run", ppl=("a",), baseline="full/model"),
+        EvalRequest("run", tasks=("piqa", "lastword:some/file.txt")),
+        EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), num_fewshot=5),
+        EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(50))),
+        EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(51))),
+    ]
+    names = [result_name(request, request.ppl) for request in requests]
+    assert names[2] == "ppl-a-2048-limit-8"
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= 120 and "/" not in name and ":" not in name for name in names)
+
+
+def test_results_are_immutable():
+    result = EvalResult("t", "float", None, {}, {}, {}, 0.0)
+    with pytest.raises(AttributeError):
+        result.kind = "packed"  # type: ignore[misc]

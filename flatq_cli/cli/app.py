@@ -346,7 +346,9 @@ def _open_or_create_run(
     from flatq_cli.store.last import remember_run
 
     path = run_dir or _default_run_dir(model, recipe)
-    opened = open_or_create_run(model, resolved, path, trust_remote_code, progress=progress)
+    opened = open_or_create_run(
+        model, resolved, path, trust_remote_code, progress=progress, recipe_name=recipe_stem(recipe)
+    )
     remember_run(path)
     progress.log(f"run: {path}")
     return opened

@@ -23,7 +23,9 @@ NAMES = {
     "auto": "wikitext2 where the Hugging Face hub or its cache gives it, otherwise pydoc",
     "wikitext2": "WikiText-2 raw from the Hugging Face hub: the train split; in an evaluation the test split",
     "wikitext2-test": "WikiText-2 raw from the Hugging Face hub: the test split",
-    "pydoc": "the language reference that comes with Python (pydoc_data.topics); needs no network",
+    "pydoc": "the language reference that comes with Python (pydoc_data.topics), needs no network: the first two "
+    "thirds of its paragraphs; in an evaluation the last third",
+    "pydoc-test": "the last third of the paragraphs of the language reference",
 }
 _PROBE_SECONDS = 5.0
 
@@ -42,35 +44,43 @@ def load_text(spec: str, *, evaluation: bool = False, warn: Callable[[str], None
 
     Args:
         spec: a name of `NAMES`, or the path of a UTF-8 text file (`./pydoc` for a file with such a name).
-        evaluation: take the test split of `wikitext2`.
+        evaluation: take the test split of `wikitext2`, and of `pydoc`.
         warn: told in one line when `auto` had to fall back.
     Raises:
         UsageError: no such name or file, a file that is not UTF-8 or empty, or the hub gave nothing.
     """
-    if spec == "pydoc":
-        return _pydoc()
+    if spec in ("pydoc", "pydoc-test"):
+        return _pydoc(test=evaluation or spec == "pydoc-test")
     if spec in ("wikitext2", "wikitext2-test"):
         return _wikitext(test=evaluation or spec == "wikitext2-test")
     if spec == "auto":
         try:
             return _wikitext(test=evaluation)
         except UsageError as error:
-            text = _pydoc()
+            text = _pydoc(test=evaluation)
             if warn is not None:
                 warn(f"{error}. Using the text pydoc instead")
             return text
     return _file(spec)
 
 
-def _pydoc() -> Text:
-    """Python's language reference in plain text. Its content depends on the version of Python."""
+def _pydoc(test: bool) -> Text:
+    """Python's language reference in plain text. Its content depends on the version of Python.
+
+    Topics contain others, so about a fifth of the reference is there twice: a paragraph counts once, and the two parts
+    have none in common.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise UsageError(
             "the text pydoc is not in this Python (no module pydoc_data): give the path of a UTF-8 text file"
         ) from error
-    return _text("pydoc", "\n\n".join(topics[name] for name in sorted(topics)))
+    pieces = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    paragraphs = list(dict.fromkeys(piece.rstrip() for piece in pieces if piece.strip()))
+    cut = len(paragraphs) * 2 // 3
+    name, part = ("pydoc-test", paragraphs[cut:]) if test else ("pydoc", paragraphs[:cut])
+    return _text(name, "\n\n".join(part))
 
 
 def _wikitext(test: bool) -> Text:

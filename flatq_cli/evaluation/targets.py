@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from flatq_cli.models.locate import ModelLocation
     from flatq_cli.models.source import BlockSource
     from flatq_cli.store.progress import Progress
-    from flatq_cli.store.run import Run
 
 Kind = Literal["float", "fake-quant", "packed"]
 RUN_FILE = "run.yaml"
@@ -118,21 +117,13 @@ def _run_target(spec: str, device: str, trust_remote_code: bool) -> Target:
     return Target(
         spec=spec,
         kind="fake-quant",
-        recipe=_run_recipe(run),
+        recipe=run.config.recipe_name,
         tokenizer=load_tokenizer(source.location, trust_remote_code),
         device=device,
         dtype=dtype,
         load=lambda: source.assemble(lambda index: source.block(index, dtype, device), dtype, device),
         source=source,
     )
-
-
-def _run_recipe(run: Run) -> str | None:
-    """The bundled recipe a run started from, which its description tells: `--set` and presets leave that alone."""
-    from flatq_cli.config.recipe_files import load_recipe, recipe_names
-
-    description = run.config.recipe.description
-    return next((name for name in recipe_names() if description and load_recipe(name).description == description), None)
 
 
 def _compute_dtype(device: str, stored: Any) -> torch.dtype:

@@ -7,7 +7,9 @@ hour. Weights are read from safetensors and GGUF only; pickles (`.bin`, `.pt`) a
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -283,11 +285,23 @@ def _update_with_samples(digest: hashlib._Hash, path: Path) -> None:
 
 
 def load_config(location: ModelLocation, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's transformers config.
+    """The model's transformers config; the caller's own copy.
 
     Raises:
         UsageError: if transformers cannot read it.
     """
+    if location.kind == "gguf" and location.path.is_file():
+        return copy.deepcopy(_read_gguf_config(location, location.path.stat().st_mtime_ns))
+    return _read_config(location, trust_remote_code)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_gguf_config(location: ModelLocation, modified: int) -> PreTrainedConfig:
+    """Kept for as long as the file is not `modified`: transformers takes seconds for the header of a GGUF."""
+    return _read_config(location, trust_remote_code=False)
+
+
+def _read_config(location: ModelLocation, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:

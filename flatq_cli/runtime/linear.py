@@ -9,19 +9,18 @@ the codes' meaning and stay float32 (docs/format.md): `.to(torch.bfloat16)` move
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from flatq_cli.quantization.packing import codes_per_byte, pack, unpack
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
+from flatq_cli.runtime.own_dtype import OwnDtype
 
 PACKED = "weight_packed"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(OwnDtype):
     """y = x Wᵀ + b with W as packed integer codes.
 
     Buffers: `weight_packed` uint8 [out, ceil(in / codes per byte)], `weight_scale` float32 [out, groups], `weight_zero`
@@ -104,15 +103,6 @@ class PackedLinear(nn.Module):
         """[..., in] → [..., out] in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """What `.to`, `.cuda`, `.bfloat16`, … run over every tensor: follow to another device, not to another dtype."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

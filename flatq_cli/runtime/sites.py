@@ -21,12 +21,13 @@ from transformers.masking_utils import sdpa_mask
 from flatq_cli.models.families import Family
 from flatq_cli.quantization.quantizers import fake_quantize
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
+from flatq_cli.runtime.own_dtype import OwnDtype
 from flatq_cli.transforms.kronecker import kronecker_matmul
 
 ATTENTION = "flatq"
 
 
-class OnlineSite(nn.Module):
+class OnlineSite(OwnDtype):
     """The online part of a site: x → Q(x (L ⊗ R)), with the diagonal already folded into what produces x.
 
     Buffers, float32, `None` where the layout has no such part: `left` [n1, n1], `right` [n2, n2], `clip` [2] (factors
@@ -41,9 +42,9 @@ class OnlineSite(nn.Module):
     def __init__(self, layout: SiteLayout) -> None:
         super().__init__()
         self.bits, self.symmetric = layout.bits, layout.symmetric
-        self.register_buffer("left", torch.eye(layout.n1) if layout.left else None)
-        self.register_buffer("right", torch.eye(layout.n2) if layout.right else None)
-        self.register_buffer("clip", torch.ones(2) if layout.clip else None)
+        self.register_buffer("left", torch.eye(layout.n1, dtype=torch.float32) if layout.left else None)
+        self.register_buffer("right", torch.eye(layout.n2, dtype=torch.float32) if layout.right else None)
+        self.register_buffer("clip", torch.ones(2, dtype=torch.float32) if layout.clip else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform and fake-quantize the last axis of `x`; shape and dtype stay."""

@@ -153,8 +153,6 @@ def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
         device = next(block.parameters()).device
         with torch.device(device):
             sites = online_sites(layouts)
-        for site in sites.values():
-            _make_float32(site)
         attach_sites(block, family, sites)
 
 
@@ -174,12 +172,6 @@ def _pack_linear(block: nn.Module, name: str, recipe: Recipe) -> None:
         linear.weight.device,
     )
     setattr(block.get_submodule(parent), child, packed)
-
-
-def _make_float32(site: nn.Module) -> None:
-    """Matrices and clips are always float32 (docs/format.md); transformers builds a model under a default dtype."""
-    for name, buffer in list(site.named_buffers(recurse=False)):
-        setattr(site, name, buffer.float())
 
 
 def _missing_prefix(model: PreTrainedModel) -> str:

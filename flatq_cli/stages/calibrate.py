@@ -70,7 +70,12 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
 
 
 def open_or_create_run(
-    model: str, recipe: Recipe, run_dir: Path, trust_remote_code: bool = False, progress: Progress | None = None
+    model: str,
+    recipe: Recipe,
+    run_dir: Path,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    recipe_name: str | None = None,
 ) -> Run:
     """The run at `run_dir` for this model and recipe; an existing one made with others is refused with the difference
     shown.
@@ -84,6 +89,7 @@ def open_or_create_run(
     asked = _recorded_text(run_dir, recipe) or recipe.calibration.data
     text = load_text(asked, warn=progress.log if progress is not None else None)
     identity = RunConfig(
+        recipe_name=recipe_name,
         recipe=recipe,
         model=ModelIdentity(
             spec=model,

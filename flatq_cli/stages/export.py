@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatq_cli.config.recipe import Recipe
 from flatq_cli.errors import FlatqError, UsageError, WorkError
 from flatq_cli.evaluation.perplexity import model_logits, streamed_logits
 from flatq_cli.models.locate import load_tokenizer
@@ -37,7 +36,7 @@ from flatq_cli.stages.fuse import STAGE as FUSE
 from flatq_cli.stages.inspect import tensors_of
 from flatq_cli.store import atomic
 from flatq_cli.store.progress import Progress, SilentProgress
-from flatq_cli.store.run import Run, Stage
+from flatq_cli.store.run import Run, RunConfig, Stage
 
 STAGE = "export"
 TOLERANCE = 1e-4
@@ -101,7 +100,7 @@ def _write_flatq(run: Run, stage: Stage, progress: Progress) -> dict[str, Any]:
             file = fused.manifest.items[name].file
             stage.save(name, file, tensors, seconds=time.monotonic() - started, metadata={"format": "pt"})
     _write_index(stage)
-    _add_text(stage, "config.json", _config(source, run.config.recipe).to_json_string())
+    _add_text(stage, "config.json", _config(source, run.config).to_json_string())
     _add_text(stage, "generation_config.json", _generation_config(source))
     _write_tokenizer(stage, source)
     progress.log("export: loading it again and comparing")
@@ -142,7 +141,7 @@ def _add_text(stage: Stage, name: str, content: str) -> None:
     stage.add_file(name, stage.path / name)
 
 
-def _config(source: FusedSource, recipe: Recipe) -> Any:
+def _config(source: FusedSource, run: RunConfig) -> Any:
     """The transformers config of the export: the original's; for a GGUF, what transformers reads in its header."""
     config = copy.deepcopy(source.config)
     # A GGUF's config carries the name from its header under this key.
@@ -150,16 +149,8 @@ def _config(source: FusedSource, recipe: Recipe) -> Any:
     config.architectures = [type(source.skeleton()).__name__]
     config.dtype = source.checkpoint.read(f"{source.family.embedding}.weight").dtype
     config.tie_word_embeddings = source.tied
-    config.quantization_config = FlatqConfig.of(recipe, _recipe_name(recipe))
+    config.quantization_config = FlatqConfig.of(run.recipe, run.recipe_name)
     return config
-
-
-def _recipe_name(recipe: Recipe) -> str | None:
-    """The shipped recipe with this one's description, which `--set` leaves alone."""
-    from flatq_cli.config.recipe_files import load_recipe, recipe_names
-
-    named = (name for name in recipe_names() if load_recipe(name).description == recipe.description)
-    return next(named, None) if recipe.description else None
 
 
 def _generation_config(source: FusedSource) -> str:

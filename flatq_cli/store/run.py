@@ -71,6 +71,7 @@ class RunConfig(Frozen):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     schema_: Literal["flatq.run/1"] = Field(default=RUN_SCHEMA, alias="schema")
+    recipe_name: str | None = Field(default=None, description="the bundled recipe or the file it came from")
     recipe: Recipe
     model: ModelIdentity
     data: DataIdentity | None = None

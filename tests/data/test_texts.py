@@ -34,7 +34,9 @@ def test_a_file_is_read_as_it_is_and_identified_by_its_bytes(tmp_path, content):
     assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("content", "place"), [(b"abc\xffdef", "byte 3 is 0xff"), (b"\xef\xbb\xbfab\xe9", "byte 5 is 0xe9")])
+@pytest.mark.parametrize(
+    ("content", "place"), [(b"abc\xffdef", "byte 3 is 0xff"), (b"\xef\xbb\xbfab\xe9", "byte 5 is 0xe9")]
+)
 def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path, content, place):
     path = tmp_path / "latin.txt"
     path.write_bytes(content)
@@ -58,7 +60,7 @@ def test_a_missing_file_or_misspelt_name_gets_the_nearest_names(tmp_path):
     assert "auto, wikitext2, wikitext2-test, pydoc" in str(caught.value)
     with pytest.raises(UsageError, match="did you mean wikitext2"):
         load_text("wikitxt2")
-    with pytest.raises(UsageError, match="no text '/no/such/folder/x.txt'"):
+    with pytest.raises(UsageError, match=r"no text '/no/such/folder/x\.txt'"):
         load_text("/no/such/folder/x.txt")
 
 
@@ -104,7 +106,7 @@ def unreachable(monkeypatch, tmp_path):
 @pytest.fixture
 def failing(monkeypatch, tmp_path):
     class Unavailable(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):  # noqa: N802
+        def do_HEAD(self):
             self.send_response(503)
             self.end_headers()
 

@@ -18,7 +18,7 @@ from flatq_cli.stages.export import export, verify
 from flatq_cli.store.atomic import file_sha256
 from flatq_cli.store.progress import SilentProgress
 from flatq_cli.store.run import Run
-from tests.tiny import FAMILIES, fused_run, tiny_model_dir, tiny_tokenizer
+from tests.tiny import FAMILIES, fused_run, tiny_model_dir
 
 SILENT = SilentProgress()
 Q = "model.layers.0.self_attn.q_proj"
@@ -119,7 +119,10 @@ def test_config_and_tokenizer_are_the_original_s(run):
     assert config.architectures == ["Qwen2ForCausalLM"]
     assert config.dtype == torch.bfloat16
     assert config.quantization_config["recipe"]["weights"]["bits"] == 4
-    assert AutoTokenizer.from_pretrained(directory).get_vocab() == tiny_tokenizer().get_vocab()
+    ours, theirs = AutoTokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(run.config.model.location)
+    assert ours("w1 w22 w39")["input_ids"] == theirs("w1 w22 w39")["input_ids"]
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.chat_template == theirs.chat_template
     assert GenerationConfig.from_pretrained(directory).eos_token_id == 1
 
 

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flatq_cli.calibration.clips import ClipStart
 from flatq_cli.calibration.start import Start
 from flatq_cli.config.recipe import Recipe
-from flatq_cli.quantization.weights import groups_of
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.transforms.kronecker import Invertible, Transform, transform_from_matrices
 from flatq_cli.transforms.parametrize import make_matrix
@@ -53,16 +53,15 @@ class BlockParameters(nn.Module):
         recipe: Recipe,
         layouts: Mapping[str, SiteLayout],
         starts: Mapping[str, Start],
-        linears: Mapping[str, tuple[int, int]],
+        clips: ClipStart,
     ) -> None:
         """Build the trainable forms.
 
         Args:
             layouts, starts: by site.
-            linears: [out, in] of every quantized linear, by name inside the block.
+            clips: where clips start.
         """
         super().__init__()
-        init = recipe.calibration.clip_init
         self.sites = nn.ModuleDict(
             {
                 name: SiteParameters(layout, starts[name], recipe.transform.parametrization)
@@ -70,18 +69,13 @@ class BlockParameters(nn.Module):
             }
         )
         self.clips = nn.ParameterDict(
-            {name: nn.Parameter(torch.full((2,), init)) for name, layout in layouts.items() if layout.clip}
+            {name: nn.Parameter(torch.logit(clips.sites[name])) for name, layout in layouts.items() if layout.clip}
         )
         weights = recipe.weights
         learned = weights.bits < 16 and weights.clip == "learned"
         # Module names hold no dots, so the linears are numbered; `_linears` keeps their names.
-        self._linears = list(linears) if learned else []
-        self.weight_clips = nn.ParameterList(
-            [
-                nn.Parameter(torch.full((linears[name][0], groups_of(linears[name][1], weights.group), 2), init))
-                for name in self._linears
-            ]
-        )
+        self._linears = list(clips.linears) if learned else []
+        self.weight_clips = nn.ParameterList([nn.Parameter(torch.logit(clips.linears[name])) for name in self._linears])
 
     def transforms(self) -> dict[str, Transform]:
         """Differentiable transforms by site; sites without one are left out."""

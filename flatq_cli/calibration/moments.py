@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE
 
+SAMPLE_ROWS = 128
+
 
 class Recorder(nn.Module):
     """A site that lets x through unchanged and accumulates its second moment and maxima over the last axis.
 
     `moment`: float64 [width, width], the mean of xᵀx over rows seen. `maximum`: float32 [width], max |x|.
+    `sample`: float32 [rows, width], up to `SAMPLE_ROWS` rows of each batch, evenly spaced.
     """
 
     def __init__(self, width: int) -> None:
@@ -27,6 +30,7 @@ class Recorder(nn.Module):
         self.rows = 0
         self._sum: Tensor | None = None
         self._maximum: Tensor | None = None
+        self._samples: list[Tensor] = []
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -37,6 +41,10 @@ class Recorder(nn.Module):
         # A batch's product in float32, the sum over batches in float64.
         self._sum += rows.T @ rows
         self._maximum = torch.maximum(self._maximum, rows.abs().amax(0))
+        # From the middle of each stride: first tokens, which often are unlike all others, are no larger a share than in
+        # the text.
+        stride = max(1, rows.shape[0] // SAMPLE_ROWS)
+        self._samples.append(rows[stride // 2 :: stride].clone())
         self.rows += rows.shape[0]
         return x
 
@@ -51,6 +59,10 @@ class Recorder(nn.Module):
         if self._maximum is None:
             raise RuntimeError("no input has passed this site")
         return self._maximum
+
+    @property
+    def sample(self) -> Tensor:
+        return torch.cat(self._samples)
 
 
 def recorders(family: Family, shapes: Shapes, names: Iterable[str]) -> dict[str, Recorder]:

@@ -19,6 +19,7 @@ from flatq_cli.models.families import Family, Shapes
 from flatq_cli.runtime.layout import ATTN_OUT, KEY, QUERY, VALUE, SiteLayout
 from flatq_cli.transforms.balanced import balanced_diag, balanced_matrix, balanced_transform
 from flatq_cli.transforms.hadamard import random_orthogonal, spreading_matrix
+from flatq_cli.transforms.kronecker import Transform, transform_from_matrices
 
 
 class Start(NamedTuple):
@@ -131,3 +132,12 @@ def _balanced(
 def _spread(matrix: Tensor, generator: torch.Generator) -> Tensor:
     """Balanced, then mixed by an orthogonal matrix so that what remains is spread over all channels."""
     return matrix @ spreading_matrix(matrix.shape[0], generator).to(matrix)
+
+
+def plain_transforms(layouts: Mapping[str, SiteLayout], starts: Mapping[str, Start]) -> dict[str, Transform]:
+    """The transforms of `starts` in float32; sites without one are left out."""
+    transforms: dict[str, Transform] = {}
+    for name, start in starts.items():
+        if any(part is not None for part in start):
+            transforms[name] = transform_from_matrices(layouts[name].width, *start, dtype=torch.float32)
+    return transforms

@@ -84,7 +84,10 @@ class CalibrationSpec(Frozen):
         "relative", description="squared error over the block's output power, or its logarithm (paper: L / L.detach())"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's weight decay")
-    clip_init: float = Field(4.0, description="start of a clip before the sigmoid: sigmoid(4) = 0.982 of the range")
+    clip_start: Literal["searched", "fixed"] = Field(
+        "searched", description="where clips start: the factors of least output error, or the same one everywhere"
+    )
+    clip_init: float = Field(4.0, description="a fixed start, before the sigmoid: sigmoid(4) = 0.982 of the range")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: as torch chooses")
 

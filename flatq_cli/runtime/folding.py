@@ -36,7 +36,7 @@ def fold(
     if VALUE in transforms:
         _transform_output_heads(folded, family.value_proj, transforms[VALUE], shapes.head_dim)
     for site in family.sites:
-        transform = _input_transform(site.name, transforms, shapes)
+        transform = input_transform(site.name, transforms, shapes)
         if transform is None:
             continue
         for reader in site.readers:
@@ -47,6 +47,21 @@ def fold(
         if transform is not None and transform.diag is not None and site.diag_into is not None:
             _scale_output(folded, site.diag_into, transform.diag)
     return folded
+
+
+def input_transform(name: str, transforms: Mapping[str, Transform], shapes: Shapes) -> Transform | None:
+    """What the readers of site `name` must undo; for `attn_out` the heads matrix and, as right factor, `value`'s."""
+    if name != ATTN_OUT:
+        return transforms.get(name)
+    heads, value = transforms.get(ATTN_OUT), transforms.get(VALUE)
+    if heads is None and value is None:
+        return None
+    return Transform(
+        width=shapes.heads * shapes.head_dim,
+        left=heads.left if heads is not None else None,
+        right=value.right if value is not None else None,
+        diag=None,
+    )
 
 
 def online_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
@@ -62,21 +77,6 @@ def online_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
             if name == KEY:
                 online[f"{QUERY}.right"] = transform.right.inverse_transpose
     return online
-
-
-def _input_transform(name: str, transforms: Mapping[str, Transform], shapes: Shapes) -> Transform | None:
-    """What the readers of site `name` must undo; for `attn_out` the heads matrix and, as right factor, `value`'s."""
-    if name != ATTN_OUT:
-        return transforms.get(name)
-    heads, value = transforms.get(ATTN_OUT), transforms.get(VALUE)
-    if heads is None and value is None:
-        return None
-    return Transform(
-        width=shapes.heads * shapes.head_dim,
-        left=heads.left if heads is not None else None,
-        right=value.right if value is not None else None,
-        diag=None,
-    )
 
 
 def _transform_output_heads(folded: dict[str, Tensor], linear: str, transform: Transform, head_dim: int) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatq_cli.calibration.clips import ClipStart, fixed_clips, searched_clips
 from flatq_cli.calibration.fit import FitResult, QuantizedBlock, fit_block
 from flatq_cli.calibration.learnable import BlockParameters
 from flatq_cli.calibration.moments import Recorder, recorders
-from flatq_cli.calibration.start import starting_transforms
+from flatq_cli.calibration.start import Start, plain_transforms, starting_transforms
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.data.texts import load_text
 from flatq_cli.data.windows import calibration_windows
@@ -176,11 +177,27 @@ def _fit(
     starts = starting_transforms(
         recipe.transform, layouts, source.family, source.shapes, quantized.parameters, recorded, generator
     )
-    learnable = BlockParameters(recipe, layouts, starts, source.shapes.linears(source.family)).to(device)
+    clips = _starting_clips(source, recipe, layouts, starts, quantized.parameters, recorded)
+    learnable = BlockParameters(recipe, layouts, starts, clips).to(device)
     fit = fit_block(
         quantized, learnable, hidden, targets, to_device(kwargs, device), recipe.calibration, index=index, device=device
     )
     return learnable.plain(), fit
+
+
+def _starting_clips(
+    source: BlockSource,
+    recipe: Recipe,
+    layouts: dict[str, SiteLayout],
+    starts: dict[str, Start],
+    weights: dict[str, Tensor],
+    recorded: dict[str, Recorder],
+) -> ClipStart:
+    if recipe.calibration.clip_start == "fixed":
+        factor = float(torch.sigmoid(torch.tensor(recipe.calibration.clip_init)))
+        return fixed_clips(factor, layouts, source.shapes.linears(source.family), recipe.weights)
+    transforms = plain_transforms(layouts, starts)
+    return searched_clips(recipe, layouts, transforms, weights, recorded, source.family, source.shapes)
 
 
 def _save(stage: Stage, index: int, tensors: dict[str, Tensor], fit: FitResult, seconds: float) -> None:

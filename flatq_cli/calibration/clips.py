@@ -9,7 +9,7 @@ factor that adds least.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,11 @@ from flatq_cli.runtime.folding import fold, input_transform
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
 from flatq_cli.transforms.kronecker import Transform
 
-# Factors of the maximum that are tried, for both sides at once; the largest leaves a sigmoid some gradient.
-FACTORS = tuple(0.4 + 0.02 * step for step in range(30))
+# Factors of the maximum, for both sides at once: a coarse grid, then a fine one around its best. The error is flat near
+# its least, so neither has to be dense; the largest factor leaves a sigmoid some gradient.
+COARSE = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.98)
+FINE = (-0.04, -0.02, 0.02, 0.04)
+LARGEST = 0.98
 
 
 def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Tensor:
@@ -40,33 +43,50 @@ def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Ten
     out, width = weight.shape
     groups = groups_of(width, spec.group)
     moment = moment.to(weight)
-    best_error = torch.full((out, groups), torch.inf, device=weight.device)
-    best = torch.full((out, groups), FACTORS[-1], device=weight.device)
-    for factor in FACTORS:
-        clip = weight.new_full((out, groups, 2), factor)
+
+    def error(factors: Tensor) -> Tensor:
+        clip = factors[..., None].expand(out, groups, 2)
         residual = weight - fake_quantize_grouped(weight, spec.bits, spec.group, spec.symmetric, clip)
         # Groups of a row are chosen apart from each other, so what is between them is left out.
         weighted = residual @ moment if groups == 1 else residual * moment.diagonal()
-        error = (weighted * residual).view(out, groups, -1).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, factor, best)
-    return best[..., None].expand(out, groups, 2).contiguous()
+        return (weighted * residual).view(out, groups, -1).sum(-1)
+
+    return _least(error, weight.new_empty(out, groups))[..., None].expand(out, groups, 2).contiguous()
 
 
-def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> float:
-    """The best factor for a site.
+def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Tensor:
+    """The best factor for a site, as clip [2].
 
     Args:
         rows: float32 [rows, width], a sample of transformed activations.
         gram: [width, width], what weighs an error of a row: Σ WᵀW of its readers in the transformed basis.
     """
     gram = gram.to(rows)
-    errors = []
-    for factor in FACTORS:
-        residual = rows - fake_quantize(rows, layout.bits, layout.symmetric, rows.new_full((2,), factor))
-        errors.append(float(((residual @ gram) * residual).sum()))
-    return FACTORS[min(range(len(FACTORS)), key=errors.__getitem__)]
+
+    def error(factor: Tensor) -> Tensor:
+        residual = rows - fake_quantize(rows, layout.bits, layout.symmetric, factor.expand(2))
+        return ((residual @ gram) * residual).sum().view(1)
+
+    return _least(error, rows.new_empty(1)).expand(2).contiguous()
+
+
+def _least(error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The factors of least `error`, which maps factors of the shape of `like` to errors of that shape."""
+    best = torch.full_like(like, LARGEST)
+    best_error = torch.full_like(like, torch.inf)
+
+    def consider(factors: Tensor) -> None:
+        nonlocal best, best_error
+        found = error(factors)
+        better = found < best_error
+        best, best_error = torch.where(better, factors, best), torch.where(better, found, best_error)
+
+    for factor in COARSE:
+        consider(torch.full_like(like, factor))
+    around = best
+    for step in FINE:
+        consider((around + step).clamp(max=LARGEST))
+    return best
 
 
 class ClipStart(NamedTuple):
@@ -112,8 +132,7 @@ def searched_clips(
             transform = input_transform(name, transforms, shapes)
             rows = recorded[name].sample
             gram = _gram(name, transforms, weights, folded, recorded, family, shapes)
-            factor = search_activation_clip(rows if transform is None else transform.apply(rows), gram, layout)
-            sites[name] = rows.new_full((2,), factor)
+            sites[name] = search_activation_clip(rows if transform is None else transform.apply(rows), gram, layout)
     linears: dict[str, Tensor] = {}
     clipped = recipe.weights.bits < 16 and recipe.weights.clip == "learned"
     for site in family.sites if clipped else ():

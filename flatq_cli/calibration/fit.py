@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,19 +83,25 @@ def fit_block(
         inputs, targets: [samples, tokens, hidden], the full-precision block's input and output, on any device.
         index: the block's number, for messages.
     Raises:
-        WorkError: a loss that is not a number (block, step and the parameters concerned).
+        WorkError: a loss that is not a number, or a transform that has no inverse (block, step and the parameters
+            concerned).
     Source: FlatQuant (arXiv 2410.09426), eq. 4: min ‖F(X) − F̂(X; Θ)‖², here relative to ‖F(X)‖².
     """
     power = float(targets.float().pow(2).mean()) or 1.0
-    before = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+    with _singular_is_an_error(index, 0, learnable):
+        before = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+    if not math.isfinite(before):
+        raise WorkError(_not_finite(index, 0, learnable))
     steps = spec.epochs * math.ceil(inputs.shape[0] / spec.batch)
-    if steps == 0:
+    if steps == 0 or not any(True for _ in learnable.parameters()):
         return FitResult(before, before, 0)
+    start = {name: tensor.detach().clone() for name, tensor in learnable.state_dict().items()}
     optimizer, scheduler = _optimizer(learnable, spec, steps)
     for step in range(steps):
         rows = _batch(step, inputs.shape[0], spec.batch)
         hidden, target = inputs[rows].to(device), targets[rows].to(device)
-        tensors = block.tensors(learnable)
+        with _singular_is_an_error(index, step, learnable):
+            tensors = block.tensors(learnable)
         with _autocast(device):
             output = block.run(tensors, hidden, kwargs)
         loss = (output.float() - target.float()).pow(2).mean() / power
@@ -106,9 +112,14 @@ def fit_block(
         minimized.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
-    after = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+    with _singular_is_an_error(index, steps, learnable):
+        after = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
     if not math.isfinite(after):
         raise WorkError(_not_finite(index, steps, learnable))
+    if after > before:
+        # A start in closed form can be better than what a few coarse steps reach: then it stays.
+        learnable.load_state_dict(start)
+        after = before
     return FitResult(before, after, steps)
 
 
@@ -160,11 +171,23 @@ def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _not_finite(index: int, step: int, learnable: BlockParameters) -> str:
-    """Which parameters went wrong, and what to do."""
-    bad = [name for name, value in learnable.named_parameters() if not torch.isfinite(value).all()]
+@contextlib.contextmanager
+def _singular_is_an_error(index: int, step: int, learnable: BlockParameters) -> Iterator[None]:
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise WorkError(_not_finite(index, step, learnable, "a transform has no inverse")) from error
+
+
+def _not_finite(index: int, step: int, learnable: BlockParameters, what: str = "the loss is not a number") -> str:
+    """What went wrong, which parameters are to blame (the largest, where all are numbers still), and what to do."""
+    named = dict(learnable.named_parameters())
+    bad = [name for name, value in named.items() if not torch.isfinite(value).all()]
+    if not bad and named:
+        largest = max(named, key=lambda name: float(named[name].detach().abs().max()))
+        bad = [f"largest parameter: {largest}, {float(named[largest].detach().abs().max()):.1e}"]
     where = f" ({', '.join(bad[:3])})" if bad else ""
     return (
-        f"block {index}, step {step}: the loss is not a number{where}; earlier blocks are saved: lower "
+        f"block {index}, step {step}: {what}{where}; earlier blocks are saved: lower "
         f"calibration.learning_rate or use transform.init=balanced, with another --run"
     )

@@ -41,10 +41,8 @@ class Recorder(nn.Module):
         # A batch's product in float32, the sum over batches in float64.
         self._sum += rows.T @ rows
         self._maximum = torch.maximum(self._maximum, rows.abs().amax(0))
-        # From the middle of each stride: first tokens, which often are unlike all others, are no larger a share than in
-        # the text.
-        stride = max(1, rows.shape[0] // SAMPLE_ROWS)
-        self._samples.append(rows[stride // 2 :: stride].clone())
+        # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
+        self._samples.append(rows[:: (rows.shape[0] // SAMPLE_ROWS) | 1].clone())
         self.rows += rows.shape[0]
         return x
 

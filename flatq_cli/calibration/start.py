@@ -20,6 +20,7 @@ from flatq_cli.runtime.layout import ATTN_OUT, KEY, QUERY, VALUE, SiteLayout
 from flatq_cli.transforms.balanced import balanced_diag, balanced_matrix, balanced_transform
 from flatq_cli.transforms.hadamard import random_orthogonal, spreading_matrix
 from flatq_cli.transforms.kronecker import Transform, transform_from_matrices
+from flatq_cli.transforms.parametrize import SvdMatrix
 
 
 class Start(NamedTuple):
@@ -62,6 +63,8 @@ def starting_transforms(
 
 
 def _matrix(spec: TransformSpec, size: int, generator: torch.Generator) -> Tensor:
+    if spec.init == "orthogonal" and spec.parametrization == "svd":
+        return SvdMatrix.published_start(size, generator).invertible().matrix.detach().double()
     if spec.init == "orthogonal":
         return random_orthogonal(size, generator)
     if spec.init == "hadamard":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ import typer
 from flatq_cli import __version__
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
-from flatq_cli.cli.errors import command_errors
+from flatq_cli.cli.errors import command_errors, usage_errors
 from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
 from flatq_cli.config.presets import find_preset, load_preset, preset_names
 from flatq_cli.config.recipe import Recipe
@@ -256,7 +257,11 @@ def inspect(
         if as_json:
             show_json(found)
             return
-        show_mapping({"kind": found["kind"], **found["summary"]})
+        summary = {"kind": found["kind"], **found["summary"]}
+        tables = [summary.pop(key) for key, value in list(summary.items()) if _is_table(value)]
+        show_mapping(summary)
+        for rows in tables:
+            show_rows(rows)
         if found["tensors"]:
             show_rows([{**tensor, "shape": str(list(tensor["shape"]))} for tensor in found["tensors"]])
 
@@ -318,7 +323,8 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry point of the `flatq` script."""
-    app(prog_name="flatq")
+    with usage_errors():
+        sys.exit(app(prog_name="flatq", standalone_mode=False))
 
 
 def _version(asked: bool) -> None:
@@ -400,6 +406,11 @@ def _write_eval(data: Mapping[str, Any], json_file: str | None) -> None:
     if json_file is not None:
         Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     show_evaluation(data)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value of a summary is rows of their own, such as the losses of a run's blocks."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def _show_plan(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any], as_json: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -15,8 +16,16 @@ from flatq_cli.errors import FlatqError, UsageError, WorkError
 _INTERRUPTED = 130
 """What a shell gives for a process that SIGINT ended."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 _GO_ON = "the same command goes on where it was"
-_LOWER = "lower calibration.batch, .samples or .seqlen (such as --set calibration.batch=1), or --batch in eval"
+_WRONG_USAGE: type[Exception] = typer.BadParameter.__mro__[1]
+"""click's UsageError, of the click that this version of Typer depends on or brings with it."""
+
+_LOWER = (
+    "lower calibration.batch, .samples or .seqlen (such as --set calibration.batch=1, with another --run), or --batch "
+    "in eval; with more memory"
+)
 
 
 @contextmanager
@@ -41,6 +50,29 @@ def command_errors(debug: bool = False) -> Iterator[None]:
         raise typer.Exit(code) from error
 
 
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Run the command line itself: an unknown option or command, or a value of the wrong type, is one line too.
+
+    Raises:
+        SystemExit: with exit code 2, in place of what Typer would print in a box.
+    """
+    try:
+        yield
+    except _WRONG_USAGE as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
+            _say(_usage_line(error))
+        sys.exit(UsageError.exit_code)
+    except typer.Abort:
+        sys.exit(_INTERRUPTED)
+
+
+def _usage_line(error: Any) -> str:
+    """What click says of a command line, and which help to read."""
+    command = error.ctx.command_path if error.ctx is not None else "flatq"
+    return f"{one_line(error.format_message()).rstrip('.')} (see `{command} --help`)"
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """The line that says what happened and what to do, and the exit code."""
     message = one_line(str(error))
@@ -50,7 +82,7 @@ def explain(error: Exception) -> tuple[str, int]:
         name = getattr(error, "filename", None)
         return f"the disk is full{f' ({name})' if name else ''}: free some space; {_GO_ON}", WorkError.exit_code
     if _out_of_memory(error):
-        return f"out of memory: {_LOWER}; {_GO_ON}", WorkError.exit_code
+        return f"out of memory: {_LOWER} {_GO_ON}", WorkError.exit_code
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is corrupt or truncated: {message}", UsageError.exit_code
     name = type(error).__name__
@@ -64,10 +96,10 @@ def one_line(text: str) -> str:
 
 
 def _disk_full(error: Exception) -> bool:
-    """ENOSPC or a spent quota, also where safetensors wraps it in an error of its own."""
+    """No space, a spent quota or a file over the limit, also where safetensors wraps it in an error of its own."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC}" in str(error)
+        return error.errno in _FULL
+    return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in _FULL)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -78,8 +78,8 @@ class CalibrationSpec(Frozen):
         15, description="passes over the sequences for each block; 0: no training"
     )
     batch: Annotated[int, Field(ge=1)] = Field(4, description="sequences in a step")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="AdamW's rate for transforms")
-    clip_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-2, description="AdamW's rate for clips")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="AdamW's rate for transforms")
+    clip_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-2, description="AdamW's rate for clips")
     loss: Literal["relative", "log"] = Field(
         "relative", description="squared error over the block's output power, or its logarithm (paper: L / L.detach())"
     )

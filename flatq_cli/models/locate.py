@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from flatq_cli.errors import UsageError, WorkError
 from flatq_cli.models.families import supported_model_types
+from flatq_cli.store.atomic import read_metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ TOKENIZER_FILES = (
 )
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+HUB_WEIGHTS = ("*.safetensors",)
 # Subfolders hold other formats; `consolidated` files are a second copy of the same weights.
 HUB_REFUSED = ("*/*", "consolidated*", *PICKLES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -67,12 +69,13 @@ class ModelLocation:
     """The hub's revision; None for local files."""
 
 
-def locate(spec: str) -> ModelLocation:
+def locate(spec: str, *, weights: bool = True) -> ModelLocation:
     """Find the model that `spec` names, downloading it from the hub where it must be.
 
     Args:
         spec: a preset (which wins over a directory of the same name; write `./name` for that), a directory, a
             `.gguf` file or a hub id `owner/name`.
+        weights: False where config and tokenizer are enough: the hub's weights are then left there.
     Raises:
         UsageError: nothing of that name, the hub does not give it, or files are missing.
         WorkError: the disk is full.
@@ -81,7 +84,7 @@ def locate(spec: str) -> ModelLocation:
 
     preset = find_preset(spec)
     if preset is not None:
-        return _from_preset(spec, preset)
+        return _from_preset(spec, preset, weights)
     path = Path(spec).expanduser()
     if path.is_dir():
         check_directory(path)
@@ -92,15 +95,15 @@ def locate(spec: str) -> ModelLocation:
         return _gguf_location(spec, path.stem, path)
     if path.suffix.lower() == ".gguf" or not HUB_ID.fullmatch(spec):
         raise UsageError(f"{spec}: no such file or directory, and not a hub id (owner/name)")
-    return _from_hub(spec, spec.split("/")[1], spec, None)
+    return _from_hub(spec, spec.split("/")[1], spec, None, weights)
 
 
-def _from_preset(spec: str, preset: ModelPreset) -> ModelLocation:
+def _from_preset(spec: str, preset: ModelPreset, weights: bool) -> ModelLocation:
     packaged = _packaged_gguf(preset.gguf) if preset.gguf is not None else None
     if packaged is not None:
         return _gguf_location(spec, preset.name, packaged)
     try:
-        return _from_hub(spec, preset.name, preset.hub, preset.revision)
+        return _from_hub(spec, preset.name, preset.hub, preset.revision, weights)
     except UsageError as error:
         if preset.gguf is None:
             raise
@@ -134,10 +137,11 @@ def _safe_name(name: str) -> str:
 
 
 def check_directory(path: Path) -> None:
-    """Check that `path` holds a config, safetensors weights (every shard of the index) and a tokenizer.
+    """Check that `path` holds a config, whole safetensors weights (every shard of the index) and a tokenizer.
 
     Raises:
-        UsageError: naming everything that is missing, and how to convert pickled weights.
+        UsageError: naming everything that is missing, and how to convert pickled weights; or the file that is damaged,
+            and the tensor where it is cut off.
     """
     missing = []
     if not (path / "config.json").is_file():
@@ -161,6 +165,17 @@ def check_directory(path: Path) -> None:
     if absent:
         listed = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
         raise UsageError(f"{path}: {INDEX} names files that are missing: {listed}")
+    for file in weight_files(path):
+        _check_whole(file)
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a safetensors file that is not as long as its header says; reads the header only."""
+    try:
+        read_metadata(file)
+    except UsageError as error:
+        damage = str(error).removeprefix(f"{file} is damaged: ").split("; delete")[0]
+        raise UsageError(f"{file}: truncated or corrupt safetensors file: {damage}; fetch it again") from error
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -190,15 +205,16 @@ def read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _from_hub(spec: str, name: str, repo: str, revision: str | None) -> ModelLocation:
-    directory = _download(repo, revision)
-    check_directory(directory)
+def _from_hub(spec: str, name: str, repo: str, revision: str | None, weights: bool) -> ModelLocation:
+    directory = _download(repo, revision, [*HUB_FILES, *(HUB_WEIGHTS if weights else ())])
+    if weights:
+        check_directory(directory)
     return ModelLocation(
         spec=spec, name=_safe_name(name), path=directory, kind="directory", revision=revision or "main"
     )
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch what a model needs of a hub repository into the hub's own cache; every failure is one line."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -216,7 +232,7 @@ def _download(repo: str, revision: str | None) -> Path:
         folder = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=list(HUB_FILES),
+            allow_patterns=patterns,
             ignore_patterns=list(HUB_REFUSED),
             local_files_only=offline,
         )

@@ -51,9 +51,10 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_fused(run: Run, trust_remote_code: bool = False) -> FusedSource:
-    """The fused model of `run`; UsageError if its fuse stage is not finished."""
+    """The fused model of `run`; UsageError if its fuse stage is not finished, or damaged."""
     stage = run.stage(STAGE)
-    stage.require_done("flatq fuse")
+    stage.require_done("flatq eval")
+    stage.verify()
     original = open_source(locate(run.config.model.location), trust_remote_code=trust_remote_code)
     layouts = block_layout(run.config.recipe, original.family, original.shapes)
     return FusedSource(original, SafetensorsCheckpoint(stage.path), layouts)

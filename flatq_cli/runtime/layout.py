@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flatq_cli.config.recipe import ActivationSpec, KVCacheSpec, Recipe
+from flatq_cli.config.recipe import ActivationSpec, KVCacheSpec, Recipe, WeightSpec
+from flatq_cli.errors import UsageError
 from flatq_cli.models.families import Family, InputSite, Shapes
 from flatq_cli.transforms.factorize import factor
 
@@ -44,18 +45,36 @@ class SiteLayout:
 
     @property
     def online_flops(self) -> int:
-        """FLOP a token (of one head, for key and value) that the online transform costs: 2·n·(n1 + n2)."""
+        """FLOP a token (of one head, for `key`) that the online transform costs: 2·n·(n1 + n2); `value`'s is folded."""
+        if self.name == VALUE:
+            return 0
         return 2 * self.width * (self.n1 * self.left + self.n2 * self.right)
 
 
 def block_layout(recipe: Recipe, family: Family, shapes: Shapes) -> dict[str, SiteLayout]:
-    """The sites of a block under `recipe`, by name; a site that neither transforms nor quantizes is left out."""
+    """The sites of a block under `recipe`, by name; a site that neither transforms nor quantizes is left out.
+
+    Raises:
+        UsageError: `weights.group` does not divide the rows of every linear.
+    """
+    _check_group(recipe.weights, family, shapes)
     quantizes_linears = recipe.weights.bits < 16 or recipe.activations.bits < 16
     sites = [_input_site(recipe, family, site, shapes, quantizes_linears) for site in family.sites]
     quantizes_cache = recipe.kv_cache.bits < 16
     sites.append(_head_site(recipe, KEY, shapes, quantizes_cache))
     sites.append(_head_site(recipe, VALUE, shapes, quantizes_cache or quantizes_linears))
     return {s.name: s for s in sites if s.left or s.right or s.diag or s.bits < 16}
+
+
+def _check_group(spec: WeightSpec, family: Family, shapes: Shapes) -> None:
+    if spec.bits == 16 or not spec.group:
+        return
+    for name, (_, width) in shapes.linears(family).items():
+        if width % spec.group:
+            raise UsageError(
+                f"weights.group: {spec.group} does not divide the {width} inputs of {name}; "
+                "choose one that divides every width, or 0 for one scale a row"
+            )
 
 
 def _input_site(recipe: Recipe, family: Family, site: InputSite, shapes: Shapes, quantized: bool) -> SiteLayout:

@@ -76,7 +76,12 @@ def attach_sites(block: nn.Module, family: Family, sites: Mapping[str, nn.Module
     """Hang `sites` (by site name) on a stock `block` of `family`, in place; returns the block.
 
     The sites become `block.sites.<name>`, so their tensors are part of the block's state.
+
+    Raises:
+        ValueError: if the block has sites already; their hooks would stay.
     """
+    if hasattr(block, "sites"):
+        raise ValueError("the block has sites already")
     block.sites = nn.ModuleDict(dict(sites))
     for site in family.sites:
         if site.name not in block.sites:

@@ -21,6 +21,8 @@ from flatq_cli.calibration.start import Start, plain_transforms, starting_transf
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.data.texts import load_text
 from flatq_cli.data.windows import calibration_windows
+from flatq_cli.errors import WorkError
+from flatq_cli.models.families import Shapes, family_of
 from flatq_cli.models.locate import fingerprint, load_tokenizer, locate
 from flatq_cli.models.source import BlockSource, open_source, run_block
 from flatq_cli.runtime.layout import SiteLayout, block_layout
@@ -54,13 +56,17 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
     hidden = source.embed(_tokens(run, source))
     kwargs = source.block_kwargs(hidden[:1])
     layouts = block_layout(recipe, source.family, source.shapes)
-    last_missing = max(i for i, name in enumerate(names) if not stage.complete(name))
+    # Weight clips weigh errors by what a linear reads, also where nothing transforms or quantizes that.
+    sites = {*layouts, *(site.name for site in source.family.sites)}
+    # A run may have been killed after its last block and before the stage was done: then there is none.
+    last_missing = max((i for i, name in enumerate(names) if not stage.complete(name)), default=-1)
     for index in progress.track(range(last_missing + 1), "calibrate"):
         block_started = time.monotonic()
         missing = not stage.complete(names[index])
-        recorded = recorders(source.family, source.shapes, layouts) if missing else {}
+        recorded = recorders(source.family, source.shapes, sites) if missing else {}
         targets = _full_precision(source, index, hidden, kwargs[index], recorded, recipe, torch_device)
         if missing:
+            _check_finite(source, index, targets)
             tensors, fit = _fit(source, index, recipe, layouts, recorded, hidden, targets, kwargs[index], torch_device)
             _save(stage, index, tensors, fit, time.monotonic() - block_started)
             progress.note(f"loss {fit.loss_before:.5f} → {fit.loss_after:.5f}")
@@ -86,9 +92,16 @@ def open_or_create_run(
 
     location = locate(model)
     config = load_config(location, trust_remote_code=trust_remote_code)
+    # A recipe that does not fit the model is refused before there is a run.
+    block_layout(recipe, family_of(config), Shapes.of(config))
     # The text of an existing run stays the run's: `auto` is decided once.
     asked = _recorded_text(run_dir, recipe) or recipe.calibration.data
     text = load_text(asked, warn=progress.log if progress is not None else None)
+    if not (run_dir / "run.yaml").exists():
+        # A text that is too short is refused before there is a run, so that the advice can be followed with the same
+        # --run.
+        spec = recipe.calibration
+        calibration_windows(text, load_tokenizer(location, trust_remote_code), spec.samples, spec.seqlen, spec.seed)
     identity = RunConfig(
         recipe_name=recipe_name,
         recipe=recipe,
@@ -134,6 +147,15 @@ def _tokens(run: Run, source: BlockSource) -> Tensor:
     data = run.config.data
     text = load_text(data.name if data is not None and spec.data == "auto" else spec.data)
     return calibration_windows(text, load_tokenizer(source.location), spec.samples, spec.seqlen, spec.seed)
+
+
+def _check_finite(source: BlockSource, index: int, targets: Tensor) -> None:
+    """WorkError where the model itself gives no numbers: nothing could be calibrated to that."""
+    if torch.isfinite(targets).all():
+        return
+    bad = [name for name, tensor in source.block_tensors(index).items() if not torch.isfinite(tensor).all()]
+    why = f"{', '.join(bad[:3])} of the model holds NaN or Inf" if bad else "its input or a value in between overflows"
+    raise WorkError(f"block {index}: the full-precision output is not a number ({why}): check the model's files")
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = Fa
     started = time.monotonic()
     recipe = run.config.recipe
     calibrated = run.stage(CALIBRATE)
-    calibrated.require_done("flatq calibrate")
+    calibrated.require_done("flatq fuse")
     stage = run.stage(STAGE)
     stage.begin({CALIBRATE: calibrated.digest()})
     source = open_source(locate(run.config.model.location), trust_remote_code=trust_remote_code)

@@ -41,7 +41,7 @@ def inspect(path: str) -> dict[str, Any]:
         try:
             place = locate(path).path
         except UsageError as error:
-            raise UsageError(str(error).replace("--model ", "", 1)) from error
+            raise UsageError(str(error).removeprefix("--model: ")) from error
     if place.is_file():
         return _file(place)
     if (place / RUN_FILE).is_file():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flatq_cli.calibration.moments import SAMPLE_ROWS
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.families import Family, Shapes, family_of
 from flatq_cli.models.locate import load_config, locate
@@ -22,6 +23,8 @@ from flatq_cli.runtime.layout import SiteLayout, block_layout
 FLOAT32, FLOAT64 = 4, 8
 # Copies of a block's weights alive in a training step: its own, folded, quantized, and the gradients of the last two.
 WEIGHT_COPIES = 5
+# Copies of a site's sampled rows alive while its clip is searched.
+SEARCH_COPIES = 5
 # A step costs forward, backward to inputs and backward to weights: three forwards.
 PASSES_PER_STEP = 3
 
@@ -84,17 +87,20 @@ class CalibrationPlan:
 
     @property
     def memory_bytes(self) -> int:
-        """Peak: the larger of the embedding alone and a block with its hidden states, moments and one step's
-        activations.
+        """Peak: the larger of the embedding alone, and a block with its hidden states and either one step's activations
+        or what its start is found from: moments, and sampled rows with the copies that the search for clips makes.
         """
         spec, shapes = self.recipe.calibration, self.shapes
         hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
         moments = sum(2 * layout.width**2 * FLOAT64 for layout in self.layouts.values())
+        widths = [layout.width for layout in self.layouts.values()] or [0]
+        rows = -(-spec.samples // spec.batch) * min(spec.batch * spec.seqlen, SAMPLE_ROWS)
+        sampled = rows * (sum(widths) + SEARCH_COPIES * max(widths)) * FLOAT32
         per_token = 16 * shapes.hidden + 8 * shapes.intermediate + 8 * shapes.heads * shapes.head_dim
         step = spec.batch * spec.seqlen * per_token * FLOAT32
         block = WEIGHT_COPIES * self.block_weights * FLOAT32
         embedding = self.vocabulary * shapes.hidden * FLOAT32
-        return max(embedding + hidden // 2, block + hidden + max(step, moments))
+        return max(embedding + hidden // 2, block + hidden + max(step, moments + sampled))
 
     @property
     def seconds(self) -> float:
@@ -109,8 +115,8 @@ class CalibrationPlan:
 
 
 def plan(model: str, recipe: Recipe, device: str, trust_remote_code: bool = False) -> CalibrationPlan:
-    """Read the model's configuration and measure the machine; loads no weights."""
-    config = load_config(locate(model), trust_remote_code=trust_remote_code)
+    """Read the model's configuration and measure the machine; fetches and loads no weights."""
+    config = load_config(locate(model, weights=False), trust_remote_code=trust_remote_code)
     family: Family = family_of(config)
     shapes = Shapes.of(config)
     if recipe.calibration.threads:

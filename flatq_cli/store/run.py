@@ -318,6 +318,19 @@ class Stage:
         self._add(name, item)
         return item
 
+    def verify(self) -> None:
+        """Check every item's file against its SHA-256.
+
+        Raises:
+            UsageError: a file is missing or damaged; says what to do.
+        """
+        for name, item in self.manifest.items.items():
+            if not self.complete(name, verify=True):
+                raise UsageError(
+                    f"{self.path / item.file} is missing or damaged (its SHA-256 is not the manifest's); delete it and "
+                    f"run `flatq {self.name}` again, which makes it anew"
+                )
+
     def load(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
         """Read the tensors of item `name`, after checking the file against the manifest.
 

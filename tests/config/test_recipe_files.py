@@ -78,11 +78,17 @@ def test_a_baseline_clips_nothing(name):
     assert {recipe.weights.clip, recipe.activations.clip, recipe.kv_cache.clip} == {"none"}
 
 
-def test_a_file_is_weaker_than_a_preset_and_a_preset_than_set(tmp_path):
+def test_a_preset_is_stronger_than_a_bundled_recipe():
+    preset = {"calibration": {"samples": 2, "epochs": 1}}
+    found = load_recipe("flatq", ["calibration.epochs=3"], preset).calibration
+    assert (found.samples, found.epochs) == (2, 3)
+
+
+def test_a_file_is_stronger_than_a_preset_and_set_stronger_than_both(tmp_path):
     path = recipe_file(tmp_path, "calibration: {samples: 1, seqlen: 10, epochs: 100}")
     preset = {"calibration": {"samples": 2, "seqlen": 20}}
     found = load_recipe(path, ["calibration.samples=3"], preset).calibration
-    assert (found.samples, found.seqlen, found.epochs) == (3, 20, 100)
+    assert (found.samples, found.seqlen, found.epochs) == (3, 10, 100)
 
 
 def test_the_last_set_of_a_key_wins():

@@ -68,7 +68,7 @@ def run(model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A run that is fused and exported."""
     settings = [f"calibration.data={text}", "calibration.samples=2", "calibration.seqlen=16"]
     recipe = load_recipe("rtn", settings)
-    run = open_or_create_run(str(model_dir), recipe, tmp_path_factory.mktemp("runs") / "tiny-rtn")
+    run = open_or_create_run(str(model_dir), recipe, tmp_path_factory.mktemp("runs") / "tiny-rtn", recipe_name="rtn")
     calibrate(run, "cpu", SilentProgress())
     fuse(run, "cpu", SilentProgress())
     export(run, "flatq", None, SilentProgress())

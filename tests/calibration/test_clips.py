@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flatq_cli.calibration.clips import fixed_clips, search_activation_clip, search_weight_clips
+from flatq_cli.calibration.fit import evaluate_block
+from flatq_cli.config.recipe import Recipe, WeightSpec
+from flatq_cli.runtime.layout import SiteLayout
+from tests.calibration.prepare import CPU, prepare
+from tests.reference import array, quantize_rows
+
+TRIED = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.98)
+
+
+def heavy_tailed(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Rows with a few large entries: clipping them pays."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x.sign() * x.abs() ** 2.5
+
+
+def rounded(x: np.ndarray, bits: int, symmetric: bool, factor: float) -> np.ndarray:
+    _, codes, scale, zero = quantize_rows(x, bits, symmetric, np.full(2, factor))
+    return (codes - zero) * scale
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [0, 8])
+def test_each_row_and_group_of_a_weight_takes_the_factor_of_least_output_error(symmetric: bool, group: int):
+    weight, rows = heavy_tailed(6, 32), heavy_tailed(50, 32, seed=1)
+    moment = rows.T @ rows / 50
+    clips = search_weight_clips(weight, moment, WeightSpec(bits=4, group=group, symmetric=symmetric))
+    groups = 32 // group if group else 1
+    assert clips.shape == (6, groups, 2)
+    assert torch.equal(clips[..., 0], clips[..., 1])
+    sigma, width = array(moment), group or 32
+
+    def error(row: int, part: int, factor: float) -> float:
+        columns = slice(part * width, (part + 1) * width)
+        piece = array(weight)[row, columns]
+        residual = piece - rounded(piece, 4, symmetric, factor)
+        weigher = sigma[columns, columns] if groups == 1 else np.diag(np.diag(sigma)[columns])
+        return float(residual @ weigher @ residual)
+
+    for row in range(6):
+        for part in range(groups):
+            least = min(error(row, part, factor) for factor in TRIED)
+            assert error(row, part, float(clips[row, part, 0])) <= 1.001 * least
+    assert len(clips.unique()) > 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_site_takes_the_factor_of_least_output_error(symmetric: bool):
+    rows, weight = heavy_tailed(64, 16), heavy_tailed(24, 16, seed=1)
+    layout = SiteLayout("x", 16, 4, 4, left=True, right=True, diag=False, bits=4, symmetric=symmetric, clip=True)
+    clip = search_activation_clip(rows, weight.T @ weight, layout)
+    assert clip.shape == (2,)
+
+    def error(factor: float) -> float:
+        residual = array(rows) - rounded(array(rows), 4, symmetric, factor)
+        return float(((residual @ array(weight).T) ** 2).sum())
+
+    assert error(float(clip[0])) <= 1.001 * min(error(factor) for factor in TRIED)
+    assert error(float(clip[0])) < error(0.98)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"transform": {"kind": "none", "diagonal": "none"}},
+        {"activations": {"bits": 16}, "kv_cache": {"bits": 16}},
+        {"activations": {"bits": 16}, "kv_cache": {"bits": 16}, "transform": {"kind": "none", "diagonal": "none"}},
+        {"weights": {"bits": 16}},
+        {"weights": {"bits": 3, "group": 8, "symmetric": False}},
+    ],
+    ids=["w4a4kv4", "rtn", "w4", "rtn-w4", "a4kv4", "w3g8"],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_searched_clips_start_a_block_no_worse_than_fixed_ones(tmp_path: Path, name: str, sections: dict[str, Any]):
+    ready, settings = prepare(tmp_path, name), Recipe.model_validate(sections)
+    quantized = ready.quantized(settings)
+
+    def error(clip: float | None) -> float:
+        learnable = ready.learnable(settings, clip=clip)
+        return evaluate_block(quantized, learnable, ready.hidden, ready.targets, ready.kwargs, 4, CPU)
+
+    assert error(None) < 1.02 * error(0.98)
+
+
+def test_fixed_clips_are_one_factor_everywhere(tmp_path: Path):
+    ready = prepare(tmp_path)
+    settings = Recipe.model_validate({"weights": {"group": 8}})
+    linears = ready.source.shapes.linears(ready.source.family)
+    clips = fixed_clips(0.75, ready.layouts(settings), linears, settings.weights)
+    assert clips.sites.keys() == {"attn_in", "attn_out", "mlp_in", "mlp_out", "key", "value"}
+    assert {name: tuple(clip.shape) for name, clip in clips.linears.items()} == {
+        name: (out, width // 8, 2) for name, (out, width) in linears.items()
+    }
+    assert all(bool((clip == 0.75).all()) for clip in (*clips.sites.values(), *clips.linears.values()))

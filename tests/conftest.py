@@ -1,0 +1,16 @@
+"""The suite runs on one core: figures then do not depend on the machine's cores, and others may use them.
+
+Set in the environment, before anything imports torch, so that tests without torch stay quick and the processes that
+tests start follow it too.
+"""
+
+import os
+
+from hypothesis import settings
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+# A shared core makes single examples slow now and then; the same examples in every run, nothing kept between runs.
+settings.register_profile("flatq", deadline=None, derandomize=True, database=None)
+settings.load_profile("flatq")

@@ -116,3 +116,4 @@ def test_parameters_and_flop_count_the_parts_that_exist():
     assert sites["attn_in"].online_flops == 2 * 576 * (24 + 24)
     assert sites["attn_out"].online_flops == 2 * 576 * 9
     assert sites["key"].online_flops == 2 * 64 * 64
+    assert sites["value"].online_flops == 0  # folded

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -391,10 +392,12 @@ def _split(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_writable(json_file: str | None) -> None:
-    """Refuse a place for the results that cannot be written before hours are spent on them."""
+    """Make the folder of the results; refuse a place that cannot be written before hours are spent on them."""
     if json_file is None or json_file == "-":
         return
     path = Path(json_file)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"--json {json_file}: cannot write a file there")
 

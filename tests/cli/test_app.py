@@ -266,10 +266,12 @@ def test_a_baselines_figures_stand_beside_the_targets(stages, monkeypatch):
     assert any(line.split()[:4] == ["lastword", "acc", "0.4375", "0.5"] for line in lines)
 
 
-def test_a_place_that_cannot_take_the_json_is_refused_before_anything_is_measured(stages):
-    result = flatq("eval", "x", "--ppl", "a", "--device", "cpu", "--json", "no/such/folder.json")
+def test_a_place_that_cannot_take_the_json_is_refused_before_anything_is_measured(stages, tmp_path):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "result.json"
+    result = flatq("eval", "x", "--ppl", "a", "--device", "cpu", "--json", str(place))
     assert result.exit_code == 2
-    assert result.stderr == "flatq: --json no/such/folder.json: cannot write a file there\n"
+    assert result.stderr == f"flatq: --json {place}: cannot write a file there\n"
     assert stages.calls == []
 
 

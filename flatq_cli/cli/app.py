@@ -398,7 +398,7 @@ def _check_writable(json_file: str | None) -> None:
     path = Path(json_file)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"--json {json_file}: cannot write a file there")
 
 

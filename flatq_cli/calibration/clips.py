@@ -24,9 +24,9 @@ from flatq_cli.runtime.folding import fold, input_transform
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
 from flatq_cli.transforms.kronecker import Transform
 
-# Factors of the maximum, for both sides at once: a coarse grid, then a fine one around its best. A row's error is ragged
-# in the factor, so the coarse grid is dense (on SmolLM2-135M 0.08 apart costs 0.4 of perplexity, 0.02 apart gains 0.2 for
-# twice the time); the largest factor leaves a sigmoid some gradient.
+# Factors of the maximum, for both sides at once: a coarse grid, then a fine one around its best. A row's error is
+# ragged in the factor, so the coarse grid is dense: docs/decisions/0003-clip-start.md. The largest factor leaves a
+# sigmoid some gradient.
 COARSE = tuple(0.5 + 0.04 * step for step in range(13))
 FINE = (-0.02, 0.02)
 LARGEST = 0.98

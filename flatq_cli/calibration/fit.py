@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,11 @@ from flatq_cli.quantization.quantizers import fake_quantize_grouped
 from flatq_cli.runtime.folding import fold, online_tensors
 
 
+ErrorMeasure = Callable[[Tensor, Tensor], Tensor]
+
+
 class FitResult(NamedTuple):
-    """Relative squared output error of a block at its start and after training, and the steps taken."""
+    """Output error of a block at its start and after training, by the recipe's measure, and the steps taken."""
 
     loss_before: float
     loss_after: float
@@ -85,11 +88,11 @@ def fit_block(
     Raises:
         WorkError: a loss that is not a number, or a transform that has no inverse (block, step and the parameters
             concerned).
-    Source: FlatQuant (arXiv 2410.09426), eq. 4: min ‖F(X) − F̂(X; Θ)‖², here relative to ‖F(X)‖².
+    Source: FlatQuant (arXiv 2410.09426), eq. 4: min ‖F(X) − F̂(X; Θ)‖²; the measures: `error_measure`.
     """
-    power = float(targets.float().pow(2).mean()) or 1.0
+    measure = error_measure(spec.loss, targets)
     with _singular_is_an_error(index, 0, learnable):
-        before = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+        before = evaluate_block(block, learnable, inputs, targets, kwargs, measure, spec.batch, device)
     if not math.isfinite(before):
         raise WorkError(_not_finite(index, 0, learnable))
     steps = spec.epochs * math.ceil(inputs.shape[0] / spec.batch)
@@ -104,7 +107,7 @@ def fit_block(
             tensors = block.tensors(learnable)
         with _autocast(device):
             output = block.run(tensors, hidden, kwargs)
-        loss = (output.float() - target.float()).pow(2).mean() / power
+        loss = measure(output.float(), target.float())
         if not torch.isfinite(loss):
             raise WorkError(_not_finite(index, step, learnable))
         optimizer.zero_grad(set_to_none=True)
@@ -113,7 +116,7 @@ def fit_block(
         optimizer.step()
         scheduler.step()
     with _singular_is_an_error(index, steps, learnable):
-        after = evaluate_block(block, learnable, inputs, targets, kwargs, spec.batch, device)
+        after = evaluate_block(block, learnable, inputs, targets, kwargs, measure, spec.batch, device)
     if not math.isfinite(after):
         raise WorkError(_not_finite(index, steps, learnable))
     if after > before:
@@ -123,6 +126,25 @@ def fit_block(
     return FitResult(before, after, steps)
 
 
+def error_measure(loss: str, targets: Tensor) -> ErrorMeasure:
+    """How far an output is from its target, both float32 [batch, tokens, hidden], as a scalar.
+
+    `token`: each token's squared error relative to that token's own output, averaged. The norms that follow scale every
+    token to the same size, so a share of its own size is what a token passes on; a few tokens with massive activations
+    would otherwise make up nearly all of the loss.
+    `relative`, `log`: squared error over the mean power of all of the block's outputs, as in the paper up to a factor.
+    """
+    if loss == "token":
+        return _token_error
+    power = float(targets.float().pow(2).mean()) or 1.0
+    return lambda output, target: (output - target).pow(2).mean() / power
+
+
+def _token_error(output: Tensor, target: Tensor) -> Tensor:
+    power = target.pow(2).sum(-1)
+    return ((output - target).pow(2).sum(-1) / torch.where(power > 0, power, 1.0)).mean()
+
+
 @torch.no_grad()
 def evaluate_block(
     block: QuantizedBlock,
@@ -130,19 +152,19 @@ def evaluate_block(
     inputs: Tensor,
     targets: Tensor,
     kwargs: Mapping[str, Any],
+    measure: ErrorMeasure,
     batch: int,
     device: torch.device,
 ) -> float:
-    """Relative squared error ‖F − F̂‖² / ‖F‖² over all samples."""
+    """The mean of `measure` over all samples."""
     tensors = block.tensors(learnable)
-    error = power = 0.0
+    total = 0.0
     for first in range(0, inputs.shape[0], batch):
         target = targets[first : first + batch].to(device).float()
         with _autocast(device):
             output = block.run(tensors, inputs[first : first + batch].to(device), kwargs)
-        error += float((output.float() - target).double().pow(2).sum())
-        power += float(target.double().pow(2).sum())
-    return error / power if power else error
+        total += float(measure(output.float(), target)) * target.shape[0]
+    return total / inputs.shape[0]
 
 
 def _batch(step: int, samples: int, batch: int) -> slice:

@@ -80,8 +80,10 @@ class CalibrationSpec(Frozen):
     batch: Annotated[int, Field(ge=1)] = Field(4, description="sequences in a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="AdamW's rate for transforms")
     clip_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-2, description="AdamW's rate for clips")
-    loss: Literal["relative", "log"] = Field(
-        "relative", description="squared error over the block's output power, or its logarithm (paper: L / L.detach())"
+    loss: Literal["token", "relative", "log"] = Field(
+        "token",
+        description="squared output error relative to each token's own output (token), to all outputs (relative), "
+        "or the logarithm of that (log: the paper's L / L.detach())",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's weight decay")
     clip_start: Literal["searched", "fixed"] = Field(

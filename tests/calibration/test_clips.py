@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flatq_cli.calibration.clips import fixed_clips, search_activation_clip, search_weight_clips
-from flatq_cli.calibration.fit import evaluate_block
+from flatq_cli.calibration.fit import error_measure, evaluate_block
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.runtime.layout import SiteLayout
 from tests.calibration.prepare import CPU, prepare
@@ -87,7 +87,16 @@ def test_searched_clips_start_a_block_no_worse_than_fixed_ones(tmp_path: Path, n
 
     def error(clip: float | None) -> float:
         learnable = ready.learnable(settings, clip=clip)
-        return evaluate_block(quantized, learnable, ready.hidden, ready.targets, ready.kwargs, 4, CPU)
+        return evaluate_block(
+            quantized,
+            learnable,
+            ready.hidden,
+            ready.targets,
+            ready.kwargs,
+            error_measure("relative", ready.targets),
+            4,
+            CPU,
+        )
 
     assert error(None) < 1.02 * error(0.98)
 

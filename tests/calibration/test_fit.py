@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from flatq_cli.calibration.fit import evaluate_block
+from flatq_cli.calibration.fit import error_measure, evaluate_block
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.errors import WorkError
 from flatq_cli.models.source import run_block
@@ -21,7 +21,16 @@ def recipe(calibration: dict[str, Any] | None = None, **sections: Any) -> Recipe
 
 def error_of(ready: Prepared, settings: Recipe, learnable: Any) -> float:
     quantized = ready.quantized(settings)
-    return evaluate_block(quantized, learnable, ready.hidden, ready.targets, ready.kwargs, 4, CPU)
+    return evaluate_block(
+        quantized,
+        learnable,
+        ready.hidden,
+        ready.targets,
+        ready.kwargs,
+        error_measure("relative", ready.targets),
+        4,
+        CPU,
+    )
 
 
 # At 4 bits a tiny random block has little to learn and much rounding noise: that training works shows at 8.
@@ -65,7 +74,7 @@ def test_with_outlier_channels_training_lowers_the_error_at_4_bits(with_outliers
 
 
 def test_the_figures_are_relative_squared_errors_over_all_samples(tmp_path: Path):
-    ready, settings = prepare(tmp_path), recipe({"batch": 3})
+    ready, settings = prepare(tmp_path), recipe({"batch": 3, "loss": "relative"})
     learnable, quantized = ready.learnable(settings), ready.quantized(settings)
 
     def by_hand() -> float:
@@ -103,7 +112,7 @@ def test_a_recipe_with_nothing_to_learn_takes_no_step(tmp_path: Path):
 
 @pytest.mark.parametrize(("still", "moving"), [("learning_rate", "clip"), ("clip_learning_rate", "transform")])
 def test_transforms_and_clips_have_a_rate_each(tmp_path: Path, still: str, moving: str):
-    ready, settings = prepare(tmp_path), recipe({"epochs": 8, "learning_rate": 5e-4, still: 1e-12})
+    ready, settings = prepare(tmp_path), recipe({"epochs": 8, "learning_rate": 5e-4, "loss": "relative", still: 1e-12})
     learnable = ready.learnable(settings)
     before = learnable.plain()
     ready.fit(settings, learnable)
@@ -184,3 +193,23 @@ def test_a_matrix_that_lost_its_inverse_is_an_error_of_its_block(tmp_path: Path)
         learnable.sites["attn_out"].left.matrix.zero_()
     with pytest.raises(WorkError, match=r"^block 0, step 0: a transform has no inverse"):
         ready.fit(settings, learnable)
+
+
+def test_the_token_measure_is_the_mean_of_each_tokens_relative_error():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 5, 8, generator=generator)
+    target[0, 0] *= 1000  # a massive token counts as one token
+    target[1, 1] = 0
+    output = target + torch.randn(2, 5, 8, generator=generator)
+    expected = [
+        float((o - t).pow(2).sum() / (t.pow(2).sum() if t.any() else 1.0))
+        for o, t in zip(output.view(-1, 8), target.view(-1, 8), strict=True)
+    ]
+    assert float(error_measure("token", target)(output, target)) == pytest.approx(sum(expected) / 10, rel=1e-6)
+
+
+def test_the_relative_measure_is_the_squared_error_over_the_power_of_all_outputs():
+    generator = torch.Generator().manual_seed(0)
+    target, output = torch.randn(2, 2, 5, 8, generator=generator)
+    expected = float((output - target).pow(2).sum() / target.pow(2).sum())
+    assert float(error_measure("relative", target)(output, target)) == pytest.approx(expected, rel=1e-6)

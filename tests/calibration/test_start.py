@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatq_cli.calibration.fit import evaluate_block
+from flatq_cli.calibration.fit import error_measure, evaluate_block
 from flatq_cli.config.recipe import Recipe
 from tests.calibration.prepare import CPU, Prepared, prepare
 from tests.reference import array
@@ -23,7 +23,16 @@ def start_error(ready: Prepared, settings: Recipe) -> float:
     """Relative squared error of the block's output before any training; clips fixed, so only transforms differ."""
     learnable = ready.learnable(settings, clip=0.98)
     quantized = ready.quantized(settings)
-    return evaluate_block(quantized, learnable, ready.hidden, ready.targets, ready.kwargs, 4, CPU)
+    return evaluate_block(
+        quantized,
+        learnable,
+        ready.hidden,
+        ready.targets,
+        ready.kwargs,
+        error_measure("relative", ready.targets),
+        4,
+        CPU,
+    )
 
 
 def test_with_outlier_channels_balanced_beats_hadamard_beats_nothing(with_outliers):

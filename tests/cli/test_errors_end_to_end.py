@@ -497,7 +497,7 @@ def test_weights_that_are_not_numbers(folder, recipe):
 def test_a_place_that_cannot_be_written_to(folder):
     Path("file").write_text("")
     says(error_of(2, *CALIBRATE, *SMALL, "--run", "file/run"), "file/run")
-    says(error_of(2, "eval", RUN, "--ppl", "text.txt", "--json", "no/out.json"), "--json no/out.json: cannot write")
+    says(error_of(2, "eval", RUN, "--ppl", "text.txt", "--json", "file/out.json"), "--json file/out.json: cannot write")
     says(error_of(2, "export", RUN, "--out", "tiny"), "--out tiny", "not empty", "empty directory")
 
 

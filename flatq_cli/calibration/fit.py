@@ -22,7 +22,6 @@ from flatq_cli.models.families import Family, Shapes
 from flatq_cli.quantization.quantizers import fake_quantize_grouped
 from flatq_cli.runtime.folding import fold, online_tensors
 
-
 ErrorMeasure = Callable[[Tensor, Tensor], Tensor]
 
 

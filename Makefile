@@ -15,9 +15,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 RUNS ?= runs/demo
-DEMO_EPOCHS ?= 5
 DEMO_EVAL := --ppl pydoc --seqlen 1024 --limit 12
-DEMO_RECIPES := rtn hadamard balanced
+DEMO_RECIPES := rtn hadamard balanced flatq
 
 .PHONY: setup demo test lint clean
 
@@ -36,9 +35,7 @@ demo: setup
 	  $(BIN)/flatq run --model smollm2-135m --recipe $$recipe --run $(RUNS)/$$recipe \
 	    --set calibration.data=pydoc $(DEMO_EVAL) || exit 1; \
 	done
-	$(BIN)/flatq run --model smollm2-135m --recipe flatq --run $(RUNS)/flatq \
-	  --set calibration.data=pydoc --set calibration.epochs=$(DEMO_EPOCHS) $(DEMO_EVAL)
-	$(BIN)/flatq compare $(RUNS)/full-precision.json $(addprefix $(RUNS)/,$(DEMO_RECIPES)) $(RUNS)/flatq
+	$(BIN)/flatq compare $(RUNS)/full-precision.json $(addprefix $(RUNS)/,$(DEMO_RECIPES))
 
 test: setup
 	$(BIN)/python -m pytest

@@ -21,16 +21,23 @@ def compare(paths: list[Path]) -> list[Row]:
     Returns:
         For each path, in order, a flat dict: `name`; `kind` and `recipe` as in the schema; `perplexity.TEXT` and
         `TASK.METRIC` for each figure, the newest file's where several of a run have the same; `bytes` of the export's
-        safetensors; `compression` of that against the float model in 16 bits; `seconds` of calibrate and fuse. What is
-        unknown is None; a figure that was not measured has no key.
+        safetensors (of a float model that one of the runs was made from: its size in 16 bits); `compression` of that
+        against the float model in 16 bits; `seconds` of calibrate and fuse. What is unknown is None; a figure that was
+        not measured has no key.
     Raises:
         UsageError: a path that is neither, or a file that is broken.
     """
-    return [_file_row(path) if path.suffix == ".json" else _run_row(path) for path in paths]
+    runs = [Run.open(path) for path in paths if path.suffix != ".json"]
+    float_bytes = {run.config.model.spec: _export_sizes(run)[1] for run in runs}
+    return [_file_row(path, float_bytes) if path.suffix == ".json" else _run_row(path) for path in paths]
 
 
-def _file_row(path: Path) -> Row:
-    return {"name": path.stem, **_figures([_read(path)]), "bytes": None, "compression": None, "seconds": None}
+def _file_row(path: Path, float_bytes: dict[str, float | None]) -> Row:
+    """The row of a result file; a float model that one of the runs was made from has the size it has in 16 bits."""
+    result = _read(path)
+    size = float_bytes.get(result["target"]) if result["kind"] == "float" else None
+    compression = 1.0 if size else None
+    return {"name": path.stem, **_figures([result]), "bytes": size, "compression": compression, "seconds": None}
 
 
 def _run_row(path: Path) -> Row:

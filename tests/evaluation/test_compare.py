@@ -88,3 +88,15 @@ def test_files_that_are_no_results_are_refused_by_name(tmp_path: Path, content: 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="not a run"):
         compare([tmp_path])
+
+
+def test_the_float_model_of_a_run_has_its_size_in_16_bits(run: Run, tmp_path: Path):
+    export = run.stage("export/flatq")
+    export.begin()
+    (export.path / "model.safetensors").write_bytes(b"x" * 400)
+    export.finish(metrics={"float16_bytes": 1000})
+    (tmp_path / "full.json").write_text(result(19.0, kind="float", recipe=None, target="m"))
+    (tmp_path / "another.json").write_text(result(19.0, kind="float", recipe=None, target="another"))
+    full, another, _ = compare([tmp_path / "full.json", tmp_path / "another.json", run.path])
+    assert (full["bytes"], full["compression"]) == (1000, 1.0)
+    assert (another["bytes"], another["compression"]) == (None, None)

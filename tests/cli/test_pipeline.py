@@ -290,7 +290,8 @@ def test_compare_puts_runs_and_results_into_one_table(in_folder):
     assert header[:4] == ["name", "kind", "recipe", "perplexity.story"]
     assert [row[:2] for row in rows] == [["float", "float"], ["tiny-balanced", "fake-quant"]]
     figures = json.loads(here("compare", "float.json", RUN, "--json").stdout)
-    assert figures[0]["bytes"] is None
+    assert figures[0]["bytes"] == pytest.approx(figures[1]["bytes"] * figures[1]["compression"])
+    assert figures[0]["compression"] == 1
     assert figures[1]["compression"] > 1
 
 

@@ -3,6 +3,7 @@
 #   make demo    quantize a real 135M model on the CPU, five ways, and print one table
 #   make test    the test suite
 #   make lint    ruff and mypy
+#   make accuracy FLATQ_DATA=DIR   perplexity of the recipes on the WikiText-2 text in DIR (docs/benchmarks/accuracy.md)
 
 PYTHON ?= python3
 # Which torch the environment gets. Users may have any torch >= 2.9; one version here keeps figures comparable.
@@ -18,7 +19,7 @@ RUNS ?= runs/demo
 DEMO_EVAL := --ppl pydoc --seqlen 1024 --limit 12
 DEMO_RECIPES := rtn hadamard balanced flatq
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint accuracy clean
 
 setup: $(READY)
 
@@ -44,6 +45,18 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+ACCURACY_RECIPES ?= rtn hadamard balanced flatq
+ACCURACY_EVAL = --ppl $(FLATQ_DATA)/wikitext2-eval.txt --seqlen 2048 --limit 8
+
+accuracy: setup
+	@test -n "$(FLATQ_DATA)" || { echo "make accuracy: set FLATQ_DATA to the folder of wikitext2-*.txt" >&2; exit 2; }
+	$(BIN)/flatq eval smollm2-135m $(ACCURACY_EVAL) --json runs/accuracy/full-precision.json
+	for recipe in $(ACCURACY_RECIPES); do \
+	  $(BIN)/flatq run --model smollm2-135m --recipe $$recipe --run runs/accuracy/$$recipe \
+	    --set calibration.data=$(FLATQ_DATA)/wikitext2-calib.txt $(ACCURACY_EVAL) || exit 1; \
+	done
+	$(BIN)/flatq compare runs/accuracy/full-precision.json $(addprefix runs/accuracy/,$(ACCURACY_RECIPES))
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

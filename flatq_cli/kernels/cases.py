@@ -1,7 +1,7 @@
 """A kernel at one size, as the static report and the tests of all kernels see it.
 
-Each kernel's module lists its cases (`report_cases(limits)`); what compiles them, counts their accesses in the emulator or
-prints them needs to know nothing else about a kernel.
+Each kernel's module lists its cases (`report_cases(limits)`); what compiles them, counts their accesses in the
+emulator or prints them needs to know nothing else about a kernel.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def quantize_rows(y: Tensor, clip: Tensor, bits: int, symmetric: bool) -> tuple[
         clip: `[2]`, factors on a row's maximum and minimum.
         bits: 4 or 8.
     Returns:
-        codes int32 `[..., width]`; scale `[...]`; zero int32 `[...]` (0 when symmetric). A row with a NaN or an infinity has
-        scale NaN; its codes mean nothing.
+        codes int32 `[..., width]`; scale `[...]`; zero int32 `[...]` (0 when symmetric). A row with a NaN or an
+        infinity has scale NaN; its codes mean nothing.
     Source: docs/method.md, "Quantizers".
     """
     y = y if y.dtype == torch.float64 else y.float()

@@ -67,9 +67,9 @@ class Device(Protocol):
         ...
 
 
-# Limits by architecture, of the chip most people have (CUDA C++ programming guide, "Technical specifications per compute
-# capability"): for plans and reports made without a GPU. Multiprocessors: V100, T4, A100, RTX 3090, RTX 4090, H100 SXM,
-# B200, RTX 5090.
+# Limits by architecture, of the chip most people have (CUDA C++ programming guide, "Technical specifications per
+# compute capability"): for plans and reports made without a GPU. Multiprocessors: V100, T4, A100, RTX 3090, RTX 4090,
+# H100 SXM, B200, RTX 5090.
 LIMITS: dict[int, DeviceLimits] = {
     70: DeviceLimits(70, 80, 96 * 1024, 96 * 1024),
     75: DeviceLimits(75, 40, 64 * 1024, 64 * 1024),

@@ -28,7 +28,9 @@ from flatq_cli.models.source import BlockSource, open_source, run_block
 from flatq_cli.runtime.layout import SiteLayout, block_layout
 from flatq_cli.runtime.sites import attach_sites, online_sites
 from flatq_cli.store.progress import Progress
-from flatq_cli.store.run import Metrics, Run, Stage
+from flatq_cli.store.records import Metrics
+from flatq_cli.store.run import Run
+from flatq_cli.store.stage import Stage
 from flatq_cli.store.versions import package_versions
 
 STAGE = "calibrate"
@@ -88,7 +90,8 @@ def open_or_create_run(
     shown.
     """
     from flatq_cli.models.locate import load_config
-    from flatq_cli.store.run import DataIdentity, ModelIdentity, RunConfig, open_or_create
+    from flatq_cli.store.records import DataIdentity, ModelIdentity, RunConfig
+    from flatq_cli.store.run import open_or_create
 
     location = locate(model)
     config = load_config(location, trust_remote_code=trust_remote_code)

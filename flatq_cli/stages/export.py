@@ -36,7 +36,9 @@ from flatq_cli.stages.fuse import STAGE as FUSE
 from flatq_cli.stages.inspect import tensors_of
 from flatq_cli.store import atomic
 from flatq_cli.store.progress import Progress, SilentProgress
-from flatq_cli.store.run import Run, RunConfig, Stage
+from flatq_cli.store.records import RunConfig
+from flatq_cli.store.run import Run
+from flatq_cli.store.stage import Stage
 
 STAGE = "export"
 TOLERANCE = 1e-4

@@ -26,7 +26,9 @@ from flatq_cli.stages.calibrate import STAGE as CALIBRATE
 from flatq_cli.stages.calibrate import block_name
 from flatq_cli.store.atomic import write_json
 from flatq_cli.store.progress import Progress
-from flatq_cli.store.run import Metrics, Run, Stage
+from flatq_cli.store.records import Metrics
+from flatq_cli.store.run import Run
+from flatq_cli.store.stage import Stage
 
 STAGE = "fuse"
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,8 @@ from typing import Any
 
 from flatq_cli.errors import UsageError
 from flatq_cli.stages.calibrate import STAGE as CALIBRATE
-from flatq_cli.store.run import Run, Stage
+from flatq_cli.store.run import Run
+from flatq_cli.store.stage import Stage
 
 Tensors = list[dict[str, Any]]
 

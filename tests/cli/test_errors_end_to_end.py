@@ -27,7 +27,7 @@ import flatq_cli
 from flatq_cli.cli.app import app
 from flatq_cli.models.families import supported_model_types
 from flatq_cli.stages import calibrate as calibrate_stage
-from flatq_cli.store.run import unlock_run
+from flatq_cli.store.lock import unlock_run
 from tests.tiny import tiny_model_dir, tiny_text
 
 CHECKOUT = Path(flatq_cli.__file__).parents[1]

@@ -9,7 +9,8 @@ import pytest
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.compare import compare
-from flatq_cli.store.run import ModelIdentity, Run, RunConfig
+from flatq_cli.store.records import ModelIdentity, RunConfig
+from flatq_cli.store.run import Run
 
 
 def result(value: float, **changes: object) -> str:

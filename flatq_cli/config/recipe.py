@@ -29,7 +29,9 @@ class WeightSpec(Frozen):
     )
     symmetric: bool = Field(True, description="codes symmetric around zero, or codes with a zero point")
     clip: ClipKind = Field("learned", description="learned weight clipping (LWC), or none")
-    rounding: Literal["nearest"] = Field("nearest", description="how a weight becomes a code")
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="how a weight becomes a code: the nearest, or GPTQ on the quantized prefix's inputs"
+    )
 
 
 class ActivationSpec(Frozen):

@@ -55,7 +55,7 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
         progress.log(f"calibrate: all {len(names)} blocks are done")
         return dict(stage.manifest.metrics)
 
-    hidden = source.embed(_tokens(run, source))
+    hidden = source.embed(calibration_tokens(run, source))
     kwargs = source.block_kwargs(hidden[:1])
     layouts = block_layout(recipe, source.family, source.shapes)
     # Weight clips weigh errors by what a linear reads, also where nothing transforms or quantizes that.
@@ -144,7 +144,7 @@ def _prepare(recipe: Recipe, device: str) -> torch.device:
     return torch.device(device)
 
 
-def _tokens(run: Run, source: BlockSource) -> Tensor:
+def calibration_tokens(run: Run, source: BlockSource) -> Tensor:
     """[samples, seqlen] token ids of the run's calibration text."""
     spec = run.config.recipe.calibration
     data = run.config.data

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from flatq_cli.calibration.learnable import WEIGHT_CLIP, transforms_from_plain
-from flatq_cli.config.recipe import Recipe
+from flatq_cli.calibration.rounding import FoldedBlock, Rounded, fold_block, round_gptq, round_nearest, run_with
+from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.locate import locate
 from flatq_cli.models.source import BlockSource, open_source
-from flatq_cli.quantization.weights import dequantize_weight, round_weight
-from flatq_cli.runtime.folding import fold, online_tensors
+from flatq_cli.quantization.weights import dequantize_weight
+from flatq_cli.runtime.fused import dequantized
 from flatq_cli.runtime.layout import SiteLayout, block_layout
+from flatq_cli.runtime.sites import attach_sites, online_sites
 from flatq_cli.stages.calibrate import STAGE as CALIBRATE
-from flatq_cli.stages.calibrate import block_name
+from flatq_cli.stages.calibrate import block_name, calibration_tokens, to_device
 from flatq_cli.store.atomic import write_json
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.records import Metrics
@@ -53,14 +54,20 @@ def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = Fa
         return dict(stage.manifest.metrics)
 
     layouts = block_layout(recipe, source.family, source.shapes)
-    for index in progress.track(range(source.num_blocks), "fuse"):
+    missing = [i for i in range(source.num_blocks) if not stage.complete(block_name(i))]
+    prefix = None
+    if recipe.weights.bits < 16 and recipe.weights.rounding == "gptq" and missing:
+        prefix = Prefix(run, source, layouts, torch.device(device))
+    for index in progress.track(range(max(missing, default=-1) + 1), "fuse"):
         name = block_name(index)
-        if stage.complete(name):
-            continue
         item_started = time.monotonic()
-        tensors, error = fuse_block(source, index, calibrated.load(name), recipe, layouts, torch.device(device))
-        _save(stage, source, index, tensors, {"rounding_error": error}, item_started)
-        progress.note(f"rounding error {error:.5f}")
+        if index in missing:
+            calibration = calibrated.load(name)
+            tensors, error = fuse_block(source, index, calibration, recipe, layouts, torch.device(device), prefix)
+            _save(stage, source, index, tensors, {"rounding_error": error}, item_started)
+            progress.note(f"rounding error {error:.5f}")
+        if prefix is not None and index < missing[-1]:
+            prefix.advance(index, tensors if index in missing else stage.load(name))
     if not stage.complete(EDGES):
         _save(stage, source, source.num_blocks, source.edge_tensors(), {}, time.monotonic())
     _write_index(stage, source)
@@ -74,7 +81,6 @@ def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = Fa
     return metrics
 
 
-@torch.no_grad()
 def fuse_block(
     source: BlockSource,
     index: int,
@@ -82,39 +88,68 @@ def fuse_block(
     recipe: Recipe,
     layouts: dict[str, SiteLayout],
     device: torch.device,
+    prefix: Prefix | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """The fused tensors of block `index`, by full name, and the relative squared rounding error of its weights.
 
     Args:
         calibrated: the block's tensors of the calibrate stage.
+        prefix: what the blocks before it put out, for GPTQ; None rounds to nearest.
     """
-    stored = source.block_tensors(index)
-    parameters = {name: tensor.to(device, torch.float64) for name, tensor in stored.items()}
-    plain = {name: tensor.to(device) for name, tensor in calibrated.items()}
-    transforms = transforms_from_plain(plain, layouts, torch.float64)
-    folded = fold(parameters, transforms, source.family, source.shapes)
-    fused: dict[str, Tensor] = {}
+    folded = fold_block(source.block_tensors(index), calibrated, layouts, source.family, source.shapes, device)
+    if recipe.weights.bits == 16:
+        rounded: Rounded = {}
+    elif prefix is None:
+        rounded = round_nearest(folded, source.family, recipe.weights)
+    else:
+        rounded = prefix.round(folded, index, recipe.weights)
+    return _fused_tensors(folded, rounded, source, index)
+
+
+def _fused_tensors(
+    folded: FoldedBlock, rounded: Rounded, source: BlockSource, index: int
+) -> tuple[dict[str, Tensor], float]:
+    """As `fuse_block`; linears that `rounded` lacks stay in floating point, in the model's dtype."""
+    fused: dict[str, Tensor] = {f"sites.{name}": tensor.float() for name, tensor in folded.sites.items()}
     error = power = 0.0
-    for name, tensor in folded.items():
+    for name, tensor in folded.parameters.items():
         linear = name.removesuffix(".weight")
         if linear not in source.family.linears or not name.endswith(".weight"):
             fused[name] = tensor.float()
-        elif recipe.weights.bits == 16:
+        elif linear not in rounded:
             fused[name] = tensor.to(source.checkpoint.dtype)
         else:
-            spec = recipe.weights
-            clip = plain.get(f"{linear}.{WEIGHT_CLIP}")
-            rounded = round_weight(tensor.float(), spec.bits, spec.group, spec.symmetric, clip)
-            fused |= {f"{linear}.{part}": value for part, value in rounded.items()}
-            error += float((dequantize_weight(rounded).double() - tensor).pow(2).sum())
+            fused |= {f"{linear}.{part}": value for part, value in rounded[linear].items()}
+            error += float((dequantize_weight(rounded[linear]).double() - tensor).pow(2).sum())
             power += float(tensor.pow(2).sum())
-    for name, tensor in online_tensors(transforms).items():
-        fused[f"sites.{name}"] = tensor.float()
-    for name, layout in layouts.items():
-        if layout.clip:
-            fused[f"sites.{name}.clip"] = plain[f"{name}.clip"]
     prefix = f"{source.family.layers}.{index}."
     return {prefix + name: tensor.cpu().contiguous() for name, tensor in fused.items()}, error / power if power else 0.0
+
+
+class Prefix:
+    """The hidden states that the quantized blocks so far put out for the calibration text: what GPTQ rounds against."""
+
+    def __init__(self, run: Run, source: BlockSource, layouts: dict[str, SiteLayout], device: torch.device) -> None:
+        self.source, self.layouts, self.device = source, layouts, device
+        self.batch = run.config.recipe.calibration.batch
+        self.hidden = source.embed(calibration_tokens(run, source))
+        self.kwargs = [to_device(kwargs, device) for kwargs in source.block_kwargs(self.hidden[:1])]
+
+    def round(self, folded: FoldedBlock, index: int, spec: WeightSpec) -> Rounded:
+        """Round block `index` against the prefix."""
+        block, kwargs = self._block(index), self.kwargs[index]
+        return round_gptq(folded, block, self.source.family, spec, self.hidden, kwargs, self.batch)
+
+    def advance(self, index: int, fused: dict[str, Tensor]) -> None:
+        """Run block `index` as it was fused; the next block's prefix."""
+        prefix = f"{self.source.family.layers}.{index}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in fused.items()}
+        tensors = {name: tensor.to(self.device, torch.float32) for name, tensor in dequantized(own).items()}
+        self.hidden = run_with(self._block(index), tensors, self.hidden, self.kwargs[index], self.batch)
+
+    def _block(self, index: int) -> nn.Module:
+        block = self.source.block(index, device=self.device)
+        return attach_sites(block, self.source.family, online_sites(self.layouts)).to(self.device)
 
 
 def shard_name(index: int, count: int) -> str:

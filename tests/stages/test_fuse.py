@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,40 @@ def test_an_unfinished_calibration_is_refused(tmp_path: Path):
     stage.begin({"other": "inputs"})
     with pytest.raises(UsageError, match=r"no finished calibrate stage.*`flatq fuse`"):
         fuse(run, "cpu", SILENT)
+
+
+class Interrupted(SilentProgress):
+    """Stops a stage as Ctrl-C would, after `blocks` blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+
+    def track(self, items: Iterable[Any], title: str) -> Iterator[Any]:
+        for item in items:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield item
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_gptq_goes_on_where_it_was_stopped_with_the_same_prefix(tmp_path: Path, blocks: int):
+    sections = {"weights": {"rounding": "gptq"}}
+    model = tiny_model_dir(tmp_path, "llama", num_hidden_layers=3)
+    whole, part = (calibrated_run(model, tiny_recipe(tmp_path, **sections), tmp_path / name) for name in ("a", "b"))
+    fuse(whole, "cpu", SILENT)
+    with pytest.raises(KeyboardInterrupt):
+        fuse(part, "cpu", Interrupted(blocks))
+    assert part.stage("fuse").complete(block_name(blocks - 1))
+    fuse(part, "cpu", SILENT)
+    assert hashes(part) == hashes(whole)
+
+
+def test_gptq_of_a_later_block_depends_on_how_the_first_was_quantized(tmp_path: Path):
+    """Its codes are not those of the full-precision prefix, which calibrate saw."""
+    runs = {}
+    for bits in (4, 16):
+        (folder := tmp_path / str(bits)).mkdir()
+        runs[bits] = fused_run(folder, "llama", weights={"rounding": "gptq"}, activations={"bits": bits})
+    codes = {bits: shard(run, 1)["model.layers.1.mlp.down_proj.weight_codes"] for bits, run in runs.items()}
+    assert not torch.equal(codes[4], codes[16])

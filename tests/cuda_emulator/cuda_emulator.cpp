@@ -11,6 +11,7 @@
 #include "cuda_emulator_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -240,6 +241,10 @@ void fiber_main() {
 }
 
 void prepare(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    // A fiber never returns from its first function: what it poisoned around its variables would stay for its successor.
+    __asan_unpoison_memory_region(fiber.stack, STACK_BYTES);
+#endif
     auto* top = reinterpret_cast<uint64_t*>(fiber.stack + STACK_BYTES) - FRAME_WORDS;
     memset(top, 0, FRAME_WORDS * sizeof(uint64_t));
     top[RETURN_WORD] = reinterpret_cast<uint64_t>(&fiber_main);

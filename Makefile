@@ -3,6 +3,8 @@
 #   make demo    quantize a real 135M model on the CPU, five ways, and print one table
 #   make test    the test suite
 #   make lint    ruff and mypy
+#   make kernel-report   what is known of the CUDA kernels without a GPU (docs/benchmarks/kernels-static.md)
+#   make gpu-check       on a GPU: the kernels' tests, compute-sanitizer and benchmark; needs no setup but torch, CuPy, pytest
 #   make accuracy FLATQ_DATA=DIR   perplexity of the recipes on the WikiText-2 text in DIR (docs/benchmarks/accuracy.md)
 
 PYTHON ?= python3
@@ -19,7 +21,7 @@ RUNS ?= runs/demo
 DEMO_EVAL := --ppl pydoc --seqlen 1024 --limit 12
 DEMO_RECIPES := rtn hadamard balanced flatq
 
-.PHONY: setup demo test lint accuracy clean
+.PHONY: setup demo test lint accuracy kernel-report gpu-check clean
 
 setup: $(READY)
 
@@ -57,6 +59,13 @@ accuracy: setup
 	    --set calibration.data=$(FLATQ_DATA)/wikitext2-calib.txt $(ACCURACY_EVAL) || exit 1; \
 	done
 	$(BIN)/flatq compare runs/accuracy/full-precision.json $(addprefix runs/accuracy/,$(ACCURACY_RECIPES))
+
+kernel-report: setup
+	$(BIN)/python -m tests.kernels.report
+
+# With the environment's Python where there is one, else with $(PYTHON), as on a bare GPU machine.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m flatq_cli.kernels.bench --out docs/benchmarks
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

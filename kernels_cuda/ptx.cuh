@@ -204,7 +204,11 @@ DEVICE u32 lop3(u32 a, u32 b, u32 c) {
 // Two floats to a pair of halves (round to nearest even) and back.
 DEVICE u32 pack_halves(F16, float low, float high) {
     u32 d;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
     asm("{.reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}" : "=r"(d) : "f"(low), "f"(high));
+#endif
     return d;
 }
 DEVICE u16 round_half(F16, float x) {

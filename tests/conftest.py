@@ -6,11 +6,15 @@ tests start follow it too.
 
 import os
 
-from hypothesis import settings
+try:
+    from hypothesis import settings
+except ImportError:  # a bare GPU machine, which runs the tests marked `gpu` only
+    settings = None
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 # A shared core makes single examples slow now and then; the same examples in every run, nothing kept between runs.
-settings.register_profile("flatq", deadline=None, derandomize=True, database=None)
-settings.load_profile("flatq")
+if settings is not None:
+    settings.register_profile("flatq", deadline=None, derandomize=True, database=None)
+    settings.load_profile("flatq")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flatq_cli import __version__
+from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app, name="bench")
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")

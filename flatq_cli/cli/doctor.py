@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
     """Versions, the machine, and `missing`: one line for each thing to install, empty where all is there."""
     versions = {name: _version(name) for name in REQUIRED}
     cupy = next((f"{name} {found}" for name in CUPY if (found := _version(name))), None)
-    gpu = _gpu() if versions["torch"] else {"gpus": [], "torch_cuda": None}
+    gpu = _gpu() if versions["torch"] else {"gpus": [], "archs": [], "torch_cuda": None}
     cache = _hub_cache()
     memory = psutil.virtual_memory()
     return {
@@ -40,6 +40,7 @@ def examine() -> dict[str, Any]:
         **versions,
         "cupy": cupy,
         **gpu,
+        "kernels": _kernels(gpu),
         "cpus": os.cpu_count(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
@@ -75,7 +76,24 @@ def _gpu() -> dict[str, Any]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     properties = [torch.cuda.get_device_properties(index) for index in range(count)]
     gpus = [f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor})" for gpu in properties]
-    return {"gpus": gpus, "torch_cuda": torch.version.cuda}
+    archs = [gpu.major * 10 + gpu.minor for gpu in properties]
+    return {"gpus": gpus, "archs": archs, "torch_cuda": torch.version.cuda}
+
+
+def _kernels(gpu: dict[str, Any]) -> str:
+    """Whether the CUDA kernels can be compiled, and run, here."""
+    from flatq_cli.kernels.compiler import code_arch, load_nvrtc, supported_archs
+    from flatq_cli.kernels.errors import KernelError
+
+    try:
+        version = ".".join(map(str, load_nvrtc().getVersion()))
+        if not gpu["gpus"]:
+            return f"compile (NVRTC {version}), but run as torch code on the CPU: no GPU"
+        for arch in gpu["archs"]:
+            code_arch(arch, supported_archs())
+    except KernelError as error:
+        return f"no: {error}"
+    return f"yes (NVRTC {version})"
 
 
 def _hub_cache() -> Path:

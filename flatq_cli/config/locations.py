@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# The kernels' package must find its sources without the rest of flatq, so it is the one that knows where they are.
+from flatq_cli.kernels.sources import kernels_dir as kernels_dir
+
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def configs_dir() -> Path:
-    """The folder with `models/`, `recipes/` and `tasks/`."""
-    return _data_dir("configs")
-
-
-def kernels_dir() -> Path:
-    """The folder with the CUDA sources."""
-    return _data_dir("kernels_cuda")
-
-
-def _data_dir(name: str) -> Path:
-    """The packaged copy (pyproject: force-include) where there is one, else the checkout's folder."""
-    packaged = PACKAGE / f"_{name}"
-    return packaged if packaged.is_dir() else PACKAGE.parent / name
+    """The folder with `models/`, `recipes/` and `tasks/`: the packaged copy where there is one, else the checkout's."""
+    packaged = PACKAGE / "_configs"  # pyproject: force-include
+    return packaged if packaged.is_dir() else PACKAGE.parent / "configs"

@@ -38,6 +38,7 @@ class Case:
         least: per token.
         tokens: how many tokens `run` handles; the report divides by it.
         run: launches the kernel once, on random data, on a device that counts.
+        reason: why the plan costs more than the least, where it does; the report prints it beside the figure.
     """
 
     name: str
@@ -50,3 +51,4 @@ class Case:
     least: Least
     tokens: int
     run: Callable[[Device], None]
+    reason: str = ""

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from flatq_cli.cli import doctor
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.errors import UsageError
+from flatq_cli.kernels import compiler
+from flatq_cli.kernels.errors import KernelError
 
 
 def test_doctor_reports_this_installation():
@@ -27,11 +30,34 @@ def test_doctor_names_what_to_install_for_a_missing_package(monkeypatch):
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "flatq[cuda12]"), ("13.0", "flatq[cuda13]")])
 def test_doctor_asks_for_the_cupy_of_this_cuda_only_where_there_is_a_gpu(monkeypatch, cuda, extra):
-    monkeypatch.setattr(doctor, "_gpu", lambda: {"gpus": ["H100"], "torch_cuda": cuda})
+    monkeypatch.setattr(doctor, "_gpu", lambda: {"gpus": ["H100"], "archs": [90], "torch_cuda": cuda})
     monkeypatch.setattr(doctor, "CUPY", ())
     assert any(extra in line for line in doctor.examine()["missing"])
-    monkeypatch.setattr(doctor, "_gpu", lambda: {"gpus": [], "torch_cuda": None})
+    monkeypatch.setattr(doctor, "_gpu", lambda: {"gpus": [], "archs": [], "torch_cuda": None})
     assert not any("CuPy" in line for line in doctor.examine()["missing"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ({"gpus": [], "archs": []}, "compile (NVRTC 13.1), but run as torch code on the CPU: no GPU"),
+        ({"gpus": ["H100"], "archs": [90]}, "yes (NVRTC 13.1)"),
+        ({"gpus": ["V100"], "archs": [70]}, "no: this NVRTC does not compile for sm_70 (only sm_75, sm_80, sm_90)"),
+    ],
+)
+def test_doctor_says_whether_the_kernels_can_run_here(monkeypatch, gpu, said):
+    monkeypatch.setattr(compiler, "load_nvrtc", lambda: SimpleNamespace(getVersion=lambda: (13, 1)))
+    monkeypatch.setattr(compiler, "supported_archs", lambda: (75, 80, 90))
+    monkeypatch.setattr(doctor, "_gpu", lambda: {**gpu, "torch_cuda": "13.0"})
+    assert doctor.examine()["kernels"].startswith(said)
+
+
+def test_doctor_says_what_the_kernels_lack(monkeypatch):
+    def missing():
+        raise KernelError("CUDA kernels need CuPy")
+
+    monkeypatch.setattr(compiler, "load_nvrtc", missing)
+    assert doctor.examine()["kernels"] == "no: CUDA kernels need CuPy"
 
 
 @pytest.mark.parametrize(("present", "auto"), [(True, "cuda"), (False, "cpu")])

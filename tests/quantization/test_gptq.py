@@ -23,7 +23,7 @@ def output_error(weight, rounded, x):
 
 
 def gptq_by_elimination(weight, moment, scale, zero, low, high, order, group):
-    """Optimal brain quantization in plain numpy: at each step the inverse of what is left, by elimination (no Cholesky)."""
+    """Optimal brain quantization in plain numpy: at each step the inverse of what is left, by elimination."""
     w, inverse = weight.copy(), np.linalg.inv(moment)
     codes = np.zeros_like(w)
     left = list(order)

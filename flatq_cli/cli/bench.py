@@ -1,0 +1,101 @@
+"""`flatq bench`: how fast the kernels are, on this GPU or by what compiling them tells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flatq_cli.cli.console import log
+from flatq_cli.cli.errors import command_errors
+from flatq_cli.cli.tables import show_json, show_rows
+from flatq_cli.errors import UsageError
+
+bench_app = typer.Typer(help="Measure the kernels.", no_args_is_help=True)
+
+_SHOWN = (
+    *("name", "n1", "n2", "arch", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm", "warps_per_sm"),
+    "issue_per_mma",
+)
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure the kernels."""
+
+
+@bench_app.command()
+def kernels(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("docs/benchmarks"),
+    seconds: Annotated[float, typer.Option("--seconds", min=10, help="Time to spend, all in all.")] = 450,
+    op: Annotated[list[str], typer.Option("--op", help="Only this op. Repeatable.")] = [],  # noqa: B006
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile for each architecture and report; needs no GPU.")
+    ] = False,
+    arch: Annotated[
+        list[int], typer.Option("--arch", metavar="80", help="With --compile-only: this architecture. Repeatable.")
+    ] = [],  # noqa: B006
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Check the CUDA kernels on this GPU, time them, and write a report.
+
+    Without a GPU, --compile-only tells registers, spills, occupancy and instructions of every kernel.
+    """
+    with command_errors(debug):
+        from flatq_cli.kernels.errors import KernelError
+
+        try:
+            data = _compile_only(arch, op) if compile_only else _run(out, seconds, op)
+        except KernelError as error:
+            raise UsageError(str(error)) from error
+        _write(data, json_file)
+        if data.get("failed"):
+            raise typer.Exit(1)
+
+
+def _compile_only(archs: list[int], ops: list[str]) -> dict[str, Any]:
+    from flatq_cli.kernels import static
+    from flatq_cli.kernels.device import LIMITS
+
+    chosen = archs or list(static.ARCHS)
+    unknown = sorted(set(chosen) - set(LIMITS))
+    if unknown:
+        raise UsageError(f"--arch {unknown[0]}: not one of {', '.join(map(str, LIMITS))}")
+    _check_ops(ops, static.OPS)
+    return {"kernels": static.static_report(chosen, ops or static.OPS)}
+
+
+def _run(out: Path, seconds: float, ops: list[str]) -> dict[str, Any]:
+    from flatq_cli.kernels.bench import run_bench
+    from flatq_cli.kernels.bench_work import OPS
+
+    _check_ops(ops, OPS)
+    return run_bench(out, seconds, ops or OPS, log)
+
+
+def _check_ops(ops: list[str], known: tuple[str, ...]) -> None:
+    for op in ops:
+        if op not in known:
+            raise UsageError(f"--op {op}: not one of {', '.join(known)}")
+
+
+def _write(data: dict[str, Any], json_file: str | None) -> None:
+    if json_file == "-":
+        show_json(data)
+        return
+    if json_file is not None:
+        try:
+            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--json {json_file}: {error.strerror}") from error
+    if "kernels" in data:
+        show_rows([{key: row[key] for key in _SHOWN} for row in data["kernels"]])
+        return
+    show_rows(data["checks"], "Checks")
+    show_rows(data["goals"], "Goals")

@@ -1,0 +1,571 @@
+// Decode attention over the packed K/V cache, on tensor cores (sm_80 up): flash-decoding that dequantizes in registers.
+//
+// The query rows of a KV head's group (heads / kv_heads × q_len of them) are padded to ROW_TILES tiles of 16, which
+// share every read of the cache. A sequence's visible keys are cut into as many spans as the grid has splits; a block
+// takes one. In a block, TEAMS teams of ROW_TILES warps walk over the span's steps of KEYS keys, each with a ring of
+// STAGES buffers that cp.async fills, so that memory is busy while the tensor cores are. The teams' sums are merged in
+// shared memory, the blocks' by the block that arrives last, in a fixed order: the result does not depend on it.
+//
+// Codes become halves without conversions: the bits of 1024 + c (or 64 + c from the upper nibble; 128 + c in bfloat16)
+// are 0x6400 | c, and subtracting 1024 + zero leaves c - zero exactly. A 32-bit word of 8 codes gives the pairs
+// (c0, c4), (c1, c5), (c2, c6), (c3, c7); that order, and which lane holds which columns, is a permutation of the mma's
+// k (scores) or n (values), chosen so that a lane's codes lie together in memory:
+//   scores: lane (g, t) reads the t-th quarter of key g's columns; the query's fragments are permuted to match.
+//   values: lane (g, t) reads the g-th eighth of the columns of its keys, those = t modulo 4; key 8j + 4e + t is
+//           column 2t + e of score tile j, so that the probabilities are in place as A fragments.
+//
+// A value's weight p · scale is rounded to fp16. The running maximum is of (score + exponent of the value's scale), so
+// the weights never exceed 2 and the largest lose nothing, however the scales differ; sums are in float32.
+//
+// Macros: HEAD_DIM, a multiple of 16 up to 256; TYPE; ROW_TILES; TEAMS; STAGES; BLOCKS, of an SM at a time;
+// COPY_ZEROS, 1 if the capacity is a multiple of 4. The cache's codes of a head are aligned to 16 bytes.
+#include "kv_attention.cuh"
+
+constexpr int KEYS = 32;  // of a step: 4 score tiles, 2 k blocks of values
+constexpr int SCORE_TILES = KEYS / 8, TILES = HEAD_DIM / 8, K_BLOCKS = HEAD_DIM / 16;
+constexpr int CODE_BYTES = HEAD_DIM / 2;
+constexpr int ROWS = ROW_TILES * 16;
+constexpr int TEAM = ROW_TILES * WARP, THREADS = TEAMS * TEAM;
+constexpr int QUERY_PITCH = HEAD_DIM * 2 + 16;
+constexpr bool QUERY_REGISTERS = HEAD_DIM <= 128;  // else its fragments are read from shared memory in every step
+constexpr int SUM_PITCH = (HEAD_DIM + 31) / 32 * 32;
+
+// What stands between two of these is not reordered: ptxas would begin everything at once, and spill.
+#define FEWER_REGISTERS \
+    if constexpr (HEAD_DIM > 128) warp_sync()
+
+// A buffer of the ring, in bytes from its start.
+constexpr int K_CODES = 0, V_CODES = KEYS * CODE_BYTES;
+constexpr int K_SCALES = 2 * V_CODES, V_SCALES = K_SCALES + KEYS * 4;
+constexpr int K_ZEROS = V_SCALES + KEYS * 4, V_ZEROS = K_ZEROS + KEYS, STAGE = V_ZEROS + KEYS;
+
+// One head's cache, from its row 0.
+struct Cache {
+    const u8* codes;
+    const float* scale;
+    const u8* zero;
+};
+
+DEVICE Cache head_cache(const u8* codes, const float* scale, const u8* zero, long long row) {
+    return {codes + row * CODE_BYTES, scale + row, zero + row};
+}
+
+DEVICE constexpr int segment(int column) {  // columns that are read in one piece, from `column` on
+    const int left = HEAD_DIM - column;
+    return left >= 128 ? 128 : left >= 64 ? 64 : left >= 32 ? 32 : 16;
+}
+
+// ---- Shared memory. ----
+
+// Where byte `byte` of a step's codes lies: its 16 bytes are moved so that neither reading order has bank conflicts.
+DEVICE int code_place(int byte) {
+    const int chunk = byte >> 4;
+    int place = chunk;
+    if (CODE_BYTES == 32) place = chunk ^ (chunk >> 3 & 1) << 2;
+    if (CODE_BYTES == 64) place = chunk ^ (chunk >> 4 & 1) << 2 ^ (chunk >> 3 & 1) << 1;
+    if (CODE_BYTES == 128) place = chunk ^ (chunk >> 3 & 3) << 1 ^ (chunk >> 5 & 1) << 2;
+    return place << 4 | (byte & 15);
+}
+
+DEVICE int query_place(int row, int chunk) {  // in bytes; the permutation spares the in-loop reads bank conflicts
+    return row * QUERY_PITCH + (QUERY_REGISTERS ? chunk : chunk ^ (chunk >> 3 & 1) << 1) * 16;
+}
+
+// Part of the copy of `count` rows (the others become 0) from row `key` on; `at` is this thread's place in its team.
+DEVICE void copy_rows(u8* stage, int codes_at, int scales_at, int zeros_at, const Cache& cache, int key, int count,
+                      int at) {
+    const u8* const codes = cache.codes + static_cast<long long>(key) * CODE_BYTES;
+#pragma unroll
+    for (int first = 0; first < KEYS * CODE_BYTES; first += TEAM * 16) {
+        const int byte = first + at * 16, left = count * CODE_BYTES - byte;
+        if (KEYS * CODE_BYTES % (TEAM * 16) != 0 && byte >= KEYS * CODE_BYTES) continue;
+        const int bytes = left >= 16 ? 16 : left > 0 ? left : 0;
+        cp_async_16(stage + codes_at + code_place(byte), codes + (left > 0 ? byte : 0), bytes);
+    }
+    if (at >= KEYS) return;
+    const bool present = at < count;
+    cp_async_4(stage + scales_at + at * 4, cache.scale + key + (present ? at : 0), present ? 4 : 0);
+    if constexpr (COPY_ZEROS) {
+        const bool four = at * 4 < count;
+        if (at < KEYS / 4) cp_async_4(stage + zeros_at + at * 4, cache.zero + key + (four ? at * 4 : 0), four ? 4 : 0);
+    } else {
+        shared_store(stage + zeros_at + at, present ? load(cache.zero + key + at) : static_cast<u8>(0));
+    }
+}
+
+// ---- Codes to halves. ----
+
+// Twice the same zero point, in the form that `unpack` subtracts.
+DEVICE u32 zero_pair(F16, u32 low, u32 high) { return 0x64006400u | low | high << 16; }
+DEVICE u32 zero_pair(BF16, u32 low, u32 high) { return 0xc300c300u | low | high << 16; }  // negative: it is added
+
+// Nibbles 0 to COUNT - 1 of the word's two halves, less their zero points: pair i = (low half's, high half's nibble i).
+template <int COUNT>
+DEVICE void unpack(F16, u32 word, u32 zero, u32 (&pairs)[4]) {
+    const u32 high_zero = 0x54005400u | (zero & 0x000f000f) << 4;  // of 64 + c, whose unit is 1/16
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+        const u32 from = word >> (4 * i);
+        pairs[i] = sub_halves(F16{}, lop3<0xea>(from, 0x000f000f, 0x64006400), zero);
+        pairs[i + 1] = sub_halves(F16{}, lop3<0xea>(from, 0x00f000f0, 0x54005400), high_zero);
+    }
+}
+template <int COUNT>
+DEVICE void unpack(BF16, u32 word, u32 zero, u32 (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        pairs[i] = fma_halves(BF16{}, lop3<0xea>(word >> (4 * i), 0x000f000f, 0x43004300), 0x3f803f80, zero);
+    }
+}
+
+// ---- Scores. ----
+
+using Query = u32[K_BLOCKS][4];
+using Scores = float[SCORE_TILES][4];
+
+// The A fragments of the `index`-th word's columns (8 of them: 2 k blocks; 4 in a segment of 16: one).
+template <int COLUMN>
+DEVICE void query_fragments(const u8* rows, int lane, int index, u32 (&a)[2][4]) {
+    constexpr int SEGMENT = segment(COLUMN);
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if constexpr (SEGMENT >= 32) {
+            const int chunk = (COLUMN + t * (SEGMENT / 4)) / 8 + index;
+            const uint4 v = shared_load(reinterpret_cast<const uint4*>(rows + query_place(g + 8 * half, chunk)));
+            a[0][half] = byte_permute(v.x, v.z, 0x5410);
+            a[0][half + 2] = byte_permute(v.x, v.z, 0x7632);
+            a[1][half] = byte_permute(v.y, v.w, 0x5410);
+            a[1][half + 2] = byte_permute(v.y, v.w, 0x7632);
+        } else {
+            const int place = query_place(g + 8 * half, COLUMN / 8) + t * 8;
+            const uint2 v = shared_load(reinterpret_cast<const uint2*>(rows + place));
+            a[0][half] = byte_permute(v.x, v.y, 0x5410);
+            a[0][half + 2] = byte_permute(v.x, v.y, 0x7632);
+        }
+    }
+}
+
+template <int COLUMN>
+DEVICE void load_query(const u8* rows, int lane, Query& query) {
+    if constexpr (COLUMN < HEAD_DIM) {
+        constexpr int SEGMENT = segment(COLUMN), BLOCKS_HERE = SEGMENT >= 32 ? 2 : 1;
+#pragma unroll
+        for (int index = 0; index < SEGMENT / (16 * BLOCKS_HERE); ++index) {
+            u32 a[2][4];
+            query_fragments<COLUMN>(rows, lane, index, a);
+#pragma unroll
+            for (int block = 0; block < BLOCKS_HERE; ++block) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) query[COLUMN / 16 + index * BLOCKS_HERE + block][i] = a[block][i];
+            }
+        }
+        load_query<COLUMN + SEGMENT>(rows, lane, query);
+    }
+}
+
+// A lane's codes of one key and segment.
+template <int BYTES>
+DEVICE void load_words(const u8* codes, int byte, u32 (&words)[4]) {
+    const u8* const p = codes + code_place(byte);
+    if constexpr (BYTES == 16) {
+        const uint4 v = shared_load(reinterpret_cast<const uint4*>(p));
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    }
+    if constexpr (BYTES == 8) {
+        const uint2 v = shared_load(reinterpret_cast<const uint2*>(p));
+        words[0] = v.x, words[1] = v.y;
+    }
+    if constexpr (BYTES == 4) words[0] = shared_load(reinterpret_cast<const u32*>(p));
+    if constexpr (BYTES == 2) words[0] = shared_load(reinterpret_cast<const u16*>(p));
+    if constexpr (BYTES == 1) words[0] = shared_load(p);
+}
+
+// scores += query · (codes - zero) over the columns from COLUMN on; `zeros` as zero_pair makes them, of a lane's keys.
+template <int COLUMN>
+DEVICE void add_scores(const u8* stage, const u8* rows, const Query& query, const u32 (&zeros)[SCORE_TILES], int lane,
+                       Scores& scores) {
+    if constexpr (COLUMN < HEAD_DIM) {
+        constexpr int SEGMENT = segment(COLUMN), BYTES = SEGMENT / 8;
+        const int g = lane / 4, t = lane % 4, key = (g >> 1) + 4 * (g & 1);
+        u32 words[SCORE_TILES][4];
+#pragma unroll
+        for (int j = 0; j < SCORE_TILES; ++j) {
+            load_words<BYTES>(stage + K_CODES, (8 * j + key) * CODE_BYTES + COLUMN / 2 + t * BYTES, words[j]);
+        }
+#pragma unroll
+        for (int index = 0; index < (BYTES + 3) / 4; ++index) {
+            u32 a[2][4];
+            if constexpr (QUERY_REGISTERS) {
+#pragma unroll
+                for (int i = 0; i < 4 * (SEGMENT >= 32 ? 2 : 1); ++i) {
+                    a[i / 4][i % 4] = query[COLUMN / 16 + 2 * index + i / 4][i % 4];
+                }
+            } else {
+                FEWER_REGISTERS;
+                query_fragments<COLUMN>(rows, lane, index, a);
+            }
+#pragma unroll
+            for (int j = 0; j < SCORE_TILES; ++j) {
+                u32 pairs[4];
+                if constexpr (SEGMENT >= 32) {
+                    unpack<4>(TYPE{}, words[j][index], zeros[j], pairs);
+                    mma_m16n8k16(TYPE{}, scores[j], a[0], {pairs[0], pairs[1]});
+                    mma_m16n8k16(TYPE{}, scores[j], a[1], {pairs[2], pairs[3]});
+                } else {  // 4 codes: two in each half
+                    unpack<2>(TYPE{}, byte_permute(words[j][index], 0, 0x4140), zeros[j], pairs);
+                    mma_m16n8k16(TYPE{}, scores[j], a[0], {pairs[0], pairs[1]});
+                }
+            }
+        }
+        add_scores<COLUMN + SEGMENT>(stage, rows, query, zeros, lane, scores);
+    }
+}
+
+// ---- Softmax. ----
+
+// A warp's running result: `top` = the largest (score + exponent of the value's scale) so far, sums relative to 2^top.
+// Index 0 is row g, 1 is row g + 8; `total` is this lane's part.
+struct State {
+    float top[2], total[2];
+    float sum[TILES][4];
+};
+
+// Scores (times log2 e) to weights p · value scale, at most 2. Masked ones are -infinity.
+DEVICE void softmax_step(Scores& scores, const float (&scales)[2 * SCORE_TILES], State& state) {
+    float top[2] = {state.top[0], state.top[1]};
+#pragma unroll
+    for (int j = 0; j < SCORE_TILES; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            u32 exponent = float_bits(scales[2 * j + e]) >> 23 & 0xff;
+            exponent = exponent < 31 ? 31 : exponent;  // below 2^-96 the sum of p might overflow
+            const float shift = bits_float(0x4b000000u | exponent) - (8388608.f + 127.f);
+            top[0] = fmaxf(top[0], scores[j][e] + shift);
+            top[1] = fmaxf(top[1], scores[j][2 + e] + shift);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        top[half] = fmaxf(top[half], shuffle_xor(top[half], 1));
+        top[half] = fmaxf(top[half], shuffle_xor(top[half], 2));
+        const float factor = rescale(state.top[half], top[half]);
+        const float base = top[half] == minus_infinity() ? 0.f : top[half];
+        state.top[half] = top[half];
+        if (factor != 1.f) {
+            state.total[half] *= factor;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                state.sum[tile][2 * half] *= factor;
+                state.sum[tile][2 * half + 1] *= factor;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < SCORE_TILES; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float p = fast_exp2(scores[j][2 * half + e] - base);
+                state.total[half] += p;
+                scores[j][2 * half + e] = p == 0.f ? 0.f : p * scales[2 * j + e];  // a masked key's scale may be NaN
+            }
+        }
+    }
+}
+
+// ---- Values. ----
+
+// sums += weights · (codes - zero) over the columns from COLUMN on. `zeros`: pairs of a lane's keys.
+template <int COLUMN>
+DEVICE void add_values(const u8* stage, const u32 (&weights)[KEYS / 16][4], const u32 (&zeros)[KEYS / 8], int lane,
+                       State& state) {
+    if constexpr (COLUMN < HEAD_DIM) {
+        constexpr int SEGMENT = segment(COLUMN), BYTES = SEGMENT / 16, TILE = COLUMN / 8;
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int block = 0; block < KEYS / 16; ++block) {
+            FEWER_REGISTERS;
+            u32 words[4][4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = 16 * block + 4 * i + t;
+                load_words<BYTES>(stage + V_CODES, key * CODE_BYTES + COLUMN / 2 + g * BYTES, words[i]);
+            }
+#pragma unroll
+            for (int part = 0; part < (BYTES + 1) / 2; ++part) {  // 4 columns each
+                constexpr int COLUMNS = BYTES == 1 ? 2 : 4;
+                const u32 selector = part % 2 ? 0x7632 : 0x5410;
+                const u32 low = byte_permute(words[0][part / 2], words[1][part / 2], selector);
+                const u32 high = byte_permute(words[2][part / 2], words[3][part / 2], selector);
+                u32 first[4], second[4];
+                unpack<COLUMNS>(F16{}, low, zeros[2 * block], first);
+                unpack<COLUMNS>(F16{}, high, zeros[2 * block + 1], second);
+#pragma unroll
+                for (int column = 0; column < COLUMNS; ++column) {
+                    float(&sum)[4] = state.sum[TILE + 4 * part + column];
+                    mma_m16n8k16(F16{}, sum, weights[block], {first[column], second[column]});
+                }
+            }
+        }
+        add_values<COLUMN + SEGMENT>(stage, weights, zeros, lane, state);
+    }
+}
+
+// ---- A step of KEYS keys. ----
+
+// What a lane's two rows may see.
+struct Limits {
+    int begin[2], end[2];
+    int all_begin, all_end;  // what every row of the sequence sees
+};
+
+DEVICE void attend(const u8* stage, const u8* rows, const Query& query, int key, const Limits& limits,
+                   float score_scale, int lane, State& state) {
+    const int g = lane / 4, t = lane % 4;
+    u32 zeros[SCORE_TILES];
+#pragma unroll
+    for (int j = 0; j < SCORE_TILES; ++j) {
+        const u32 zero = shared_load(stage + K_ZEROS + 8 * j + (g >> 1) + 4 * (g & 1)) & 15;
+        zeros[j] = zero_pair(TYPE{}, zero, zero);
+    }
+    Scores scores = {};
+    add_scores<0>(stage, rows, query, zeros, lane, scores);
+
+    float scales[2 * SCORE_TILES];
+    auto load_scales = [&](int at) {
+#pragma unroll
+        for (int i = 0; i < 2 * SCORE_TILES; ++i) {
+            scales[i] = shared_load(reinterpret_cast<const float*>(stage + at) + 4 * i + t);
+        }
+    };
+    load_scales(K_SCALES);
+    const bool masked = key < limits.all_begin || key + KEYS > limits.all_end;
+#pragma unroll
+    for (int j = 0; j < SCORE_TILES; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int e = i % 2, half = i / 2, here = key + 8 * j + 4 * e + t;
+            scores[j][i] *= scales[2 * j + e] * score_scale;
+            if (masked && (here < limits.begin[half] || here >= limits.end[half])) scores[j][i] = minus_infinity();
+        }
+    }
+    load_scales(V_SCALES);
+    softmax_step(scores, scales, state);
+
+    u32 weights[KEYS / 16][4], value_zeros[KEYS / 8];
+#pragma unroll
+    for (int block = 0; block < KEYS / 16; ++block) {
+#pragma unroll
+        for (int pair = 2 * block; pair < 2 * block + 2; ++pair) {
+            const u8* const zero = stage + V_ZEROS + 8 * pair + t;
+            value_zeros[pair] = zero_pair(F16{}, shared_load(zero) & 15, shared_load(zero + 4) & 15);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float(&tile)[4] = scores[2 * block + i / 2];
+            weights[block][i] = pack_halves(F16{}, tile[2 * (i % 2)], tile[2 * (i % 2) + 1]);
+        }
+    }
+    add_values<0>(stage, weights, value_zeros, lane, state);
+}
+
+// ---- Merging. ----
+
+// Where in a team's sums (floats) the 4 columns from 4 · chunk on of a row lie: moved to spare bank conflicts.
+DEVICE int sum_place(int row, int chunk) {
+    return row * SUM_PITCH + 4 * (SUM_PITCH % 64 == 0 ? chunk ^ ((chunk >> 3 & 3) | (row & 1) << 2) : chunk);
+}
+
+template <int COLUMN>
+DEVICE void put_sums(float* sums, int row, int lane, const State& state) {
+    if constexpr (COLUMN < HEAD_DIM) {
+        constexpr int SEGMENT = segment(COLUMN), WIDTH = SEGMENT / 8, TILE = COLUMN / 8;
+        const int t = lane % 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int from = COLUMN + (2 * t + e) * WIDTH, here = row + 8 * half, i = 2 * half + e;
+                if constexpr (WIDTH >= 4) {
+#pragma unroll
+                    for (int tile = 0; tile < WIDTH; tile += 4) {
+                        const float4 v = {state.sum[TILE + tile][i], state.sum[TILE + tile + 1][i],
+                                          state.sum[TILE + tile + 2][i], state.sum[TILE + tile + 3][i]};
+                        shared_store(reinterpret_cast<float4*>(sums + sum_place(here, (from + tile) / 4)), v);
+                    }
+                } else {
+#pragma unroll
+                    for (int tile = 0; tile < WIDTH; ++tile) {
+                        const int column = from + tile;
+                        shared_store(sums + sum_place(here, column / 4) + column % 4, state.sum[TILE + tile][i]);
+                    }
+                }
+            }
+        }
+        put_sums<COLUMN + SEGMENT>(sums, row, lane, state);
+    }
+}
+
+// A row's result so far, 4 columns of it.
+struct Part {
+    float top, total;
+    float4 sum;
+
+    DEVICE void add(float other_top, float other_total, const float4& other) {
+        const float highest = fmaxf(top, other_top), mine = rescale(top, highest), its = rescale(other_top, highest);
+        total = total * mine + other_total * its;
+        sum.x = sum.x * mine + other.x * its;
+        sum.y = sum.y * mine + other.y * its;
+        sum.z = sum.z * mine + other.z * its;
+        sum.w = sum.w * mine + other.w * its;
+        top = highest;
+    }
+};
+
+DEVICE void put_output(u16* out, const Part& part) {
+    const float inverse = part.total == 0.f ? 0.f : 1.f / part.total;  // a query that sees nothing gives 0
+    store(reinterpret_cast<uint2*>(out), uint2{pack_halves(TYPE{}, part.sum.x * inverse, part.sum.y * inverse),
+                                               pack_halves(TYPE{}, part.sum.z * inverse, part.sum.w * inverse)});
+}
+
+// ---- The kernel. Grid: (splits, kv_heads · groups of ROWS rows, batch). ----
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+kv_attention(const u16* query, const u8* k_codes, const float* k_scale, const u8* k_zero, const u8* v_codes,
+             const float* v_scale, const u8* v_zero, const int* lengths, const int* first, u16* out, float* partial,
+             int* arrivals, int kv_heads, int group_rows, int q_len, int capacity, int window, float score_scale) {
+    FLATQ_SHARED(shared);
+    const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+    const int team = warp / ROW_TILES, row_tile = warp % ROW_TILES;
+    const int splits = gridDim.x, split = blockIdx.x, batch = blockIdx.z;
+    const int head = blockIdx.y % kv_heads, first_row = blockIdx.y / kv_heads * ROWS;
+    const int rows = group_rows - first_row < ROWS ? group_rows - first_row : ROWS;
+    const long long batch_head = static_cast<long long>(batch) * kv_heads + head;
+    const u16* const query_rows = query + (batch_head * group_rows + first_row) * HEAD_DIM;
+    u16* const out_rows = out + (batch_head * group_rows + first_row) * HEAD_DIM;
+    constexpr int CHUNKS = HEAD_DIM / 4;  // of a row of sums
+
+    // This block's span of the visible keys; spans are whole rounds of all teams, so short sequences take fewer blocks.
+    const Visible visible = visible_keys(lengths, first, batch, q_len, window, capacity);
+    const int begin = visible.begin(0) & ~15, end = visible.end(q_len - 1);
+    const int total = visible.begin(0) < end ? end - begin : 0;
+    constexpr int ROUND = TEAMS * KEYS;
+    const int span = (total + splits * ROUND - 1) / (splits * ROUND) * ROUND;
+    const int busy = span > 0 ? (total + span - 1) / span : 0;
+    if (split >= busy) {
+        if (split == 0) {
+            for (int i = thread; i < rows * CHUNKS; i += THREADS) {
+                store(reinterpret_cast<uint2*>(out_rows) + i, uint2{0, 0});
+            }
+        }
+        return;
+    }
+    const int span_begin = begin + split * span, span_end = span_begin + span < end ? span_begin + span : end;
+
+    for (int i = thread; i < ROWS * (HEAD_DIM / 8); i += THREADS) {
+        const int row = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
+        const bool present = row < rows;
+        const u16* const from = query_rows + (present ? row * HEAD_DIM + chunk * 8 : 0);
+        cp_async_16(shared + query_place(row, chunk), from, present ? 16 : 0);
+    }
+    cp_async_commit();
+
+    const Cache keys = head_cache(k_codes, k_scale, k_zero, batch_head * capacity);
+    const Cache values = head_cache(v_codes, v_scale, v_zero, batch_head * capacity);
+    u8* const ring = shared + ROWS * QUERY_PITCH + team * STAGES * STAGE;
+    const int at = thread % TEAM;
+    auto fetch = [&](int step) {
+        const int key = span_begin + (step * TEAMS + team) * KEYS, count = span_end - key;
+        if (count > 0) {
+            u8* const stage = ring + step % STAGES * STAGE;
+            copy_rows(stage, K_CODES, K_SCALES, K_ZEROS, keys, key, count, at);
+            copy_rows(stage, V_CODES, V_SCALES, V_ZEROS, values, key, count, at);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+    cp_async_wait<STAGES - 1>();
+    block_sync();  // the query is here
+
+    const u8* const tile_rows = shared + row_tile * 16 * QUERY_PITCH;
+    Query fragments;
+    if constexpr (QUERY_REGISTERS) load_query<0>(tile_rows, lane, fragments);
+    Limits limits;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int i = (first_row + row_tile * 16 + lane / 4 + 8 * half) % q_len;
+        limits.begin[half] = visible.begin(i);
+        limits.end[half] = visible.end(i);
+    }
+    limits.all_begin = visible.begin(q_len - 1);
+    limits.all_end = visible.end(0);
+
+    State state = {};
+    state.top[0] = state.top[1] = minus_infinity();
+    for (int step = 0, key = span_begin + team * KEYS; key < span_end; ++step, key += ROUND) {
+        cp_async_wait<STAGES - 2>();
+        if constexpr (ROW_TILES == 1) {
+            warp_sync();
+        } else {
+            named_sync(1 + team, TEAM);
+        }  // the step's codes are here, and nobody reads the buffer that is filled next
+        fetch(step + STAGES - 1);
+        attend(ring + step % STAGES * STAGE, tile_rows, fragments, key, limits, score_scale, lane, state);
+    }
+    cp_async_wait<0>();
+    block_sync();  // from here on the shared memory holds sums: [TEAMS][ROWS] rows, then their (top, total)
+
+    float* const sums = reinterpret_cast<float*>(shared);
+    float2* const tops = reinterpret_cast<float2*>(sums + TEAMS * ROWS * SUM_PITCH);
+    int* const last_flag = reinterpret_cast<int*>(tops + TEAMS * ROWS);
+    const int row_here = row_tile * 16 + lane / 4;
+    put_sums<0>(sums + team * ROWS * SUM_PITCH, row_here, lane, state);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float all = state.total[half];
+        all += shuffle_xor(all, 1);
+        all += shuffle_xor(all, 2);
+        if (lane % 4 == 0) shared_store(tops + team * ROWS + row_here + 8 * half, float2{state.top[half], all});
+    }
+    block_sync();
+
+    // [batch · kv_heads · groups][splits] of (top, total) of ROWS rows, then their sums.
+    constexpr int PARTIAL = ROWS * (HEAD_DIM + 2);
+    const long long group = static_cast<long long>(batch) * gridDim.y + blockIdx.y;
+    float* const first_partial = partial + group * splits * PARTIAL;
+    float* const my_partial = first_partial + static_cast<long long>(split) * PARTIAL;
+    for (int i = thread; i < rows * CHUNKS; i += THREADS) {
+        const int row = i / CHUNKS, chunk = i % CHUNKS;
+        Part part = {minus_infinity(), 0.f, {0.f, 0.f, 0.f, 0.f}};
+#pragma unroll
+        for (int k = 0; k < TEAMS; ++k) {
+            const float2 top = shared_load(tops + k * ROWS + row);
+            const float* const sum = sums + k * ROWS * SUM_PITCH + sum_place(row, chunk);
+            part.add(top.x, top.y, shared_load(reinterpret_cast<const float4*>(sum)));
+        }
+        if (busy == 1) {
+            put_output(out_rows + row * HEAD_DIM + chunk * 4, part);
+        } else {
+            store(reinterpret_cast<float4*>(my_partial + 2 * ROWS) + i, part.sum);
+            if (chunk == 0) store(reinterpret_cast<float2*>(my_partial) + row, float2{part.top, part.total});
+        }
+    }
+    if (busy == 1) return;
+
+    device_fence();
+    block_sync();
+    if (thread == 0) shared_store(last_flag, atomic_add(arrivals + group, 1) == busy - 1 ? 1 : 0);
+    block_sync();
+    if (!shared_load(last_flag)) return;
+    device_fence();
+    for (int i = thread; i < rows * CHUNKS; i += THREADS) {
+        const int row = i / CHUNKS;
+        Part part = {minus_infinity(), 0.f, {0.f, 0.f, 0.f, 0.f}};
+        for (int k = 0; k < busy; ++k) {
+            const float* const from = first_partial + static_cast<long long>(k) * PARTIAL;
+            const float2 top = load_coherent(reinterpret_cast<const float2*>(from) + row);
+            part.add(top.x, top.y, load_coherent(reinterpret_cast<const float4*>(from + 2 * ROWS) + i));
+        }
+        put_output(out_rows + row * HEAD_DIM + i % CHUNKS * 4, part);
+    }
+}

@@ -1,0 +1,418 @@
+"""The benchmark without a GPU: its arithmetic, its report, and its whole path on the CPU up to the launches."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flatq_cli.kernels import bench, bench_report, bench_smoke, bench_timing, bench_work
+from flatq_cli.kernels.bench_report import Rates, Row
+from flatq_cli.kernels.bench_timing import Budget, WallClock, time_calls
+from flatq_cli.kernels.bench_work import Work
+from flatq_cli.kernels.device import LIMITS
+from flatq_cli.kernels.errors import KernelError
+
+CPU = torch.device("cpu")
+RATES = Rates(copy=1e12, float16=1e14, int8=2e14, int4=4e14)
+
+
+class Watch:
+    """A clock that a test moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class ScriptedClock:
+    """Each call lasts as long as it says; replays last as long as their calls."""
+
+    def __init__(self, watch, l2_bytes=1000):
+        self.watch, self.l2_bytes, self.runs = watch, l2_bytes, 0
+
+    def once(self, call):
+        self.runs += 1
+        seconds = call()
+        self.watch.now += seconds
+        return seconds
+
+    def prepare(self, calls):
+        self.captured = list(calls)
+        return lambda: sum(call() for call in calls)
+
+
+# ---- Timing. ----
+
+
+def test_copies_are_larger_than_the_cache_together():
+    assert bench_timing.copies_needed(100, 1000) * 100 > 2000
+    assert bench_timing.copies_needed(1e9, 1000) == 2
+    assert bench_timing.copies_needed(1, 10**9) == bench_timing.MAX_COPIES
+
+
+@pytest.mark.parametrize("seconds", [1e-7, 5e-6, 1e-4, 1e-3, 1.0])
+@pytest.mark.parametrize("copies", [2, 7, 24])
+def test_a_replay_uses_every_copy_equally_and_lasts_long_enough(seconds, copies):
+    calls = bench_timing.calls_in_a_replay(seconds, copies)
+    assert calls % copies == 0
+    assert calls * seconds >= min(bench_timing.REPLAY_SECONDS, bench_timing.MAX_CALLS * seconds)
+    assert calls <= bench_timing.MAX_CALLS + copies
+
+
+def test_the_time_of_a_call_is_a_replays_over_its_calls():
+    watch = Watch()
+    clock = ScriptedClock(watch)
+    made = []
+    seconds = time_calls(lambda: made.append(1) or (lambda: 5e-6), 100, clock, Budget(100, watch), share=1.0)
+    assert seconds == pytest.approx(5e-6)
+    assert len(made) == len(set(map(id, clock.captured))) == 21
+
+
+def test_a_spent_budget_measures_nothing_and_a_short_one_repeats_less():
+    watch = Watch()
+    assert time_calls(lambda: lambda: 1.0, 1, ScriptedClock(watch), Budget(0, watch), 1.0) is None
+    budget = Budget(100, watch)
+    assert budget.replays(0.01, share=1.0) == bench_timing.REPLAYS
+    assert budget.replays(0.1, share=1.0) == 10
+    assert budget.replays(9.0, share=1.0) == bench_timing.FEWEST_REPLAYS
+    watch.now += 60
+    assert budget.left == pytest.approx(40)
+
+
+# ---- What a figure means. ----
+
+
+def row(**changes) -> Row:
+    values = {
+        "op": "kron_quant",
+        "size": "64x64 int4",
+        "tokens": 2048,
+        "bytes": 2e6,
+        "operations": 1e8,
+        "unit": "float16",
+    }
+    return Row(**{**values, "seconds": 4e-6, "baselines": {"copy": 3e-6}, **changes})
+
+
+def test_the_roofline_is_the_slower_of_memory_and_tensor_cores():
+    assert bench_report.roofline_seconds(row(), RATES) == pytest.approx(2e-6)
+    assert bench_report.roofline_seconds(row(operations=1e9), RATES) == pytest.approx(1e-5)
+    assert bench_report.roofline_seconds(row(operations=1e9, unit="int4"), RATES) == pytest.approx(2.5e-6)
+
+
+def test_a_row_says_bandwidth_fraction_bound_and_speedups():
+    data = bench_report.row_json(row(), RATES)
+    assert data["bytes_per_second"] == pytest.approx(5e11)
+    assert data["roofline_fraction"] == pytest.approx(0.5)
+    assert data["bound"] == "memory"
+    assert data["speedups"] == {"copy": pytest.approx(0.75)}
+
+
+def test_a_row_that_was_not_measured_has_no_figures():
+    data = bench_report.row_json(row(seconds=None, error="no time left"), RATES)
+    assert (data["bytes_per_second"], data["roofline_fraction"], data["speedups"]) == (None, None, {})
+
+
+def goal(rows, part):
+    found = [
+        one for one in bench_report.goals([bench_report.row_json(one, RATES) for one in rows]) if part in one["goal"]
+    ]
+    assert len(found) == 1
+    return found[0]["value"], found[0]["met"]
+
+
+def test_a_goal_takes_the_worst_figure_of_the_sizes_it_speaks_of():
+    rows = [
+        row(seconds=2.2e-6),
+        row(seconds=2.1e-6),
+        row(seconds=9e-6, tokens=16),
+        row(seconds=9e-6, size="128x224 int4"),
+    ]
+    value, met = goal(rows, "n 1536 to 8192")
+    assert value == pytest.approx(2 / 2.2)
+    assert met
+    assert goal(rows, "larger n") == (pytest.approx(2 / 9), False)
+    assert goal(rows, "kv_attention") == (None, None)
+
+
+def test_the_transforms_cost_is_the_speedup_that_a_layer_loses():
+    layer = row(op="layer", size="L", seconds=1.25e-3, baselines={"fp16": 2.5e-3, "no transforms": 1e-3})
+    assert goal([layer], "lost to the transforms") == (pytest.approx(0.5), False)
+    assert goal([row(op="layer", tokens=16, seconds=1.0, baselines={"fp16": 1.8})], "1 to 16 tokens") == (
+        pytest.approx(1.8),
+        True,
+    )
+
+
+def device():
+    return {
+        "name": "NVIDIA GeForce RTX 4090",
+        "arch": 89,
+        "multiprocessors": 128,
+        "driver": "1",
+        "torch": "2",
+        "cupy": "14",
+        "nvrtc": "13.0",
+    }
+
+
+def test_the_report_is_written_under_the_gpus_name_and_says_if_it_is_not_complete(tmp_path):
+    report = bench.Report(tmp_path, device())
+    report.rates = RATES
+    report.rows += [row(), row(seconds=None, error="no time left", tokens=1)]
+    report.check("tests", True, "3 passed")
+    report.finish()
+    assert [path.name for path in report.files] == [
+        "kernels-nvidia-geforce-rtx-4090.json",
+        "kernels-nvidia-geforce-rtx-4090.md",
+    ]
+    data, page = json.loads(report.files[0].read_text()), report.files[1].read_text()
+    assert data["rows"][0]["roofline_fraction"] == pytest.approx(0.5)
+    assert not data["complete"]
+    assert "**not complete**" in page
+    assert "| 64x64 int4 | 2,048 | 4.0 | 500 | 0.50 | memory | 0.75 |" in page
+    assert "| 64x64 int4 | 1 | no time left |" in page
+    assert "- tests: 3 passed" in page
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_failed_check_fails_the_report_and_one_that_could_not_run_does_not(tmp_path):
+    report = bench.Report(tmp_path, device())
+    report.check("sanitizer", None, "not run")
+    assert not report.data["failed"]
+    report.check("tests", False, "1 failed")
+    assert report.data["failed"]
+
+
+# ---- The path up to the launches, on the CPU. ----
+
+NEEDED = {"kron_quant": "kron_quant", "w4a4_gemm": "gemm", "w4a8_gemm": "gemm", "layer": "gemm"}
+
+
+def present(work: Work) -> bool:
+    return find_spec(f"flatq_cli.kernels.{NEEDED.get(work.op, work.op)}") is not None
+
+
+def test_every_work_runs_with_its_baselines_on_data_of_its_own():
+    shapes = bench_smoke.SMALL
+    works = [
+        *bench_work.kron_works(((4, 6),), 3),
+        *bench_work.gemm_works(shapes, 3, "w4a4_gemm"),
+        *bench_work.gemm_works(shapes, 3, "w4a8_gemm"),
+        *bench_work.layer_works(shapes, 2),
+        *bench_work.kv_quant_works(shapes, 3),
+        *bench_work.attention_works(shapes, batches=(2,), lengths=(9,)),
+    ]
+    rows = [bench.measure(work, CPU, WallClock(), Budget(60), 0.0) for work in works if present(work)]
+    assert [(one.op, one.error) for one in rows] == [(one.op, None) for one in rows]
+    assert all(one.seconds and one.seconds > 0 for one in rows)
+    assert all(
+        set(one.baselines) == set(work.baselines) for one, work in zip(rows, filter(present, works), strict=True)
+    )
+
+
+def test_the_sizes_are_those_of_real_models_and_the_first_tokens_come_first():
+    works = bench_work.all_works()
+    assert {work.tokens for work in works if work.op == "kron_quant"} == {1, 16, 128, 2048, 16384}
+    assert [work.tokens for work in works[:8]] == [2048] * 8
+    assert ("gate_up 4096x28672", 1) in {(work.size, work.tokens) for work in works if work.op == "w4a4_gemm"}
+    assert {work.size for work in works if work.op == "kv_attention"} >= {"1 x 32768 keys", "8 x 1024 keys"}
+    kron = next(work for work in works if work.op == "kron_quant" and work.size.startswith("64x64"))
+    assert kron.bytes == 2048 * (2.5 * 4096 + 4)
+    assert kron.operations == 2048 * 2 * 4096 * 128
+
+
+def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_goes_on(tmp_path):
+    def broken(device):
+        raise KernelError("kernel f does not compile: x\nmore")
+
+    works = [
+        Work("kron_quant", "1x1", 1, 1, 1, "float16", broken, {"copy": lambda device: lambda: None}),
+        Work("kron_quant", "2x2", 1, 1, 1, "float16", lambda device: lambda: None),
+    ]
+    report = bench.Report(tmp_path, device())
+    lines = []
+    bench.run_works(works, CPU, WallClock(), Budget(60), report, lines.append)
+    assert report.rows[0].error == "kernel f does not compile: x"
+    assert report.rows[0].baselines["copy"] > 0
+    assert report.rows[1].seconds is not None
+    assert len(lines) == 2
+    assert report.files[0].exists()
+
+
+def test_a_spent_budget_leaves_rows_that_say_so(tmp_path):
+    works = [Work("kron_quant", "1x1", 1, 1, 1, "float16", lambda device: lambda: None)]
+    report = bench.Report(tmp_path, device())
+    bench.run_works(works, CPU, WallClock(), Budget(0), report, lambda line: None)
+    report.finish()
+    assert report.rows[0].error == "no time left"
+    assert not report.data["complete"]
+
+
+def test_rates_are_operations_over_time(monkeypatch):
+    monkeypatch.setattr(bench, "time_calls", lambda make, moved, clock, budget, share: make()() is None or 0.5)
+    rates = bench.measure_rates(CPU, WallClock(), Budget(10), arch=89, size=32)
+    assert rates.copy == 16 * 32 * 32 / 0.5
+    assert rates.float16 == rates.int8 == 2 * 32**3 / 0.5
+    assert rates.int4 == 2 * rates.int8
+    assert bench.measure_rates(CPU, WallClock(), Budget(10), arch=90, size=32).int4 == rates.int8
+
+
+# ---- Checks and commands. ----
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"),
+    [
+        ((0, "..\n12 passed in 3s\n"), (True, "12 passed in 3s")),
+        (
+            (1, "x\nFAILED tests/a.py::b - wrong\n1 failed, 2 passed\n"),
+            (False, "FAILED tests/a.py::b - wrong; 1 failed, 2 passed"),
+        ),
+        ((5, "no tests ran\n"), (False, "no tests ran")),
+        ((0, "12 skipped in 3s\n"), (False, "12 skipped in 3s")),
+        ((None, ""), (None, "did not end in its time")),
+    ],
+)
+def test_the_verdict_of_the_tests_is_their_exit_code_and_last_line(monkeypatch, done, expected):
+    monkeypatch.setattr(bench, "_run", lambda command, seconds: done)
+    assert bench.run_tests(10) == expected
+
+
+@pytest.mark.parametrize(
+    ("done", "passed"),
+    [
+        ((0, "========= ERROR SUMMARY: 0 errors\n"), True),
+        ((9, "========= ERROR SUMMARY: 2 errors\n"), False),
+        ((0, "nothing was checked\n"), False),
+        ((None, ""), None),
+    ],
+)
+def test_the_sanitizer_passes_only_if_it_says_so(monkeypatch, tmp_path, done, passed):
+    monkeypatch.setattr(bench, "find_sanitizer", lambda: tmp_path / "compute-sanitizer")
+    monkeypatch.setattr(bench, "_run", lambda command, seconds: done)
+    assert bench.run_sanitizer("memcheck", 60)[0] is passed
+
+
+def test_without_the_sanitizer_or_time_it_is_not_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "find_sanitizer", lambda: None)
+    assert bench.run_sanitizer("memcheck", 60) == (
+        None,
+        "not run: compute-sanitizer is not installed (it comes with the CUDA toolkit)",
+    )
+    monkeypatch.setattr(bench, "find_sanitizer", lambda: tmp_path)
+    assert bench.run_sanitizer("memcheck", 3) == (None, "not run: no time left")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as `run_bench` looks; kernels run on the CPU."""
+    clock = WallClock()
+    clock.notes = ["not captured: x", "not captured: x"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(bench, "cuda_device", lambda where: SimpleNamespace(limits=LIMITS[89]))
+    monkeypatch.setattr(bench, "about", lambda where: device())
+    monkeypatch.setattr(bench, "compile_ahead", lambda arch, log: None)
+    monkeypatch.setattr(bench, "EventClock", lambda where: clock)
+    monkeypatch.setattr(bench, "measure_rates", lambda *args: RATES)
+    monkeypatch.setattr(bench, "run_tests", lambda seconds: (True, "3 passed"))
+    monkeypatch.setattr(bench, "run_sanitizer", lambda tool, seconds: (None, "not installed"))
+    works = [
+        Work("kron_quant", f"{n}x{n} int4", 2048, 8.0, 8.0, "float16", lambda where: lambda: None) for n in (64, 128)
+    ]
+    monkeypatch.setattr(bench, "all_works", lambda ops: works)
+    return monkeypatch
+
+
+def test_a_whole_run_is_a_complete_report_and_exit_code_0(gpu, tmp_path):
+    assert bench.main(["--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "kernels-nvidia-geforce-rtx-4090.json").read_text())
+    assert data["complete"]
+    assert [check["name"] for check in data["checks"]] == [
+        "tests marked gpu",
+        "compute-sanitizer memcheck",
+        "compute-sanitizer racecheck",
+    ]
+    assert len(data["rows"]) == 2
+    assert data["notes"] == ["not captured: x"]
+    assert data["rates"]["copy"] == RATES.copy
+
+
+def test_failed_tests_are_exit_code_1_and_the_figures_are_kept(gpu, tmp_path):
+    gpu.setattr(bench, "run_tests", lambda seconds: (False, "FAILED x; 1 failed"))
+    assert bench.main(["--out", str(tmp_path)]) == 1
+    page = (tmp_path / "kernels-nvidia-geforce-rtx-4090.md").read_text()
+    assert "- tests marked gpu: FAILED x; 1 failed" in page
+    assert "| 64x64 int4 | 2,048 |" in page
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(gpu, tmp_path):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    gpu.setattr(bench, "run_tests", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--out", str(tmp_path)])
+    data = json.loads((tmp_path / "kernels-nvidia-geforce-rtx-4090.json").read_text())
+    assert (data["complete"], data["rates"]["copy"]) == (False, RATES.copy)
+
+
+def test_a_command_that_takes_too_long_is_ended():
+    assert bench._run([sys.executable, "-c", "import time; time.sleep(60)"], 1.0) == (None, "")
+    assert bench._run([sys.executable, "-c", "print('out'); raise SystemExit(3)"], 30) == (3, "out\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_both_commands_say_so_in_one_line_and_exit_2(capsys):
+    assert bench.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "needs a GPU" in said
+    cli = subprocess.run(
+        [sys.executable, "-m", "flatq_cli", "bench", "kernels"], capture_output=True, encoding="utf-8", check=False
+    )
+    assert (cli.returncode, cli.stdout) == (2, "")
+    assert cli.stderr == said
+
+
+def test_compile_only_needs_no_gpu_and_writes_the_schema(tmp_path, monkeypatch):
+    pytest.importorskip("cupy")
+    from flatq_cli.cli.app import app
+    from flatq_cli.kernels import static
+
+    monkeypatch.setattr(static, "static_report", lambda archs, ops: [dict.fromkeys(static.FIELDS, next(iter(archs)))])
+    file = tmp_path / "new" / "static.json"
+    done = CliRunner().invoke(app, ["bench", "kernels", "--compile-only", "--arch", "86", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    (written,) = json.loads(file.read_text())["kernels"]
+    assert list(written) == list(static.FIELDS)
+    assert written["arch"] == 86
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--arch", "81"], "--arch 81: not one of"), (["--op", "x"], "--op x: not one of kron_quant")],
+)
+def test_a_wrong_option_is_named(options, message, capsys):
+    from flatq_cli.cli.app import app
+
+    done = CliRunner().invoke(app, ["bench", "kernels", "--compile-only", *options])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_the_benchmark_imports_nothing_of_flatq_but_the_kernels():
+    code = (
+        "import sys, flatq_cli.kernels.bench, flatq_cli.kernels.bench_smoke;"
+        "print(sorted(m for m in sys.modules if m.startswith('flatq_cli.') and not m.startswith('flatq_cli.kernels')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.strip() == "[]"

@@ -85,6 +85,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"out of memory: {_LOWER} {_GO_ON}", WorkError.exit_code
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is corrupt or truncated: {message}", UsageError.exit_code
+    if type(error).__name__ == "KernelError":
+        return message, UsageError.exit_code
     name = type(error).__name__
     what = f"{name}: {message}" if message else name
     return f"{what} (use --debug for the traceback)", WorkError.exit_code

@@ -9,6 +9,7 @@ from safetensors.torch import load
 
 from flatq_cli.cli.errors import command_errors, explain
 from flatq_cli.errors import UsageError
+from flatq_cli.kernels.errors import missing_cupy
 
 
 def line_and_code(capsys, error, debug=False):
@@ -89,3 +90,10 @@ def test_a_command_that_works_is_left_alone(capsys):
     with command_errors():
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_a_missing_piece_of_the_kernels_is_said_as_it_is(capsys):
+    line, code = line_and_code(capsys, missing_cupy("13.0"))
+    assert line == f"flatq: {missing_cupy('13.0')}\n"
+    assert "pip install cupy-cuda13x" in line
+    assert code == 2

@@ -206,10 +206,10 @@ def launch_kron_quant(
         )
         left = matrices.prepared_left if plan.fast else matrices.left
         right = matrices.prepared_right if plan.fast else matrices.right
-        gate_rows = None if gate is None else _aligned(gate.reshape(-1, n))
-        weight = None if norm_weight is None else _aligned(norm_weight)
+        gate = None if gate is None else gate.reshape(-1, n)
+        gate, norm_weight, left, right = (None if t is None else _aligned(t) for t in (gate, norm_weight, left, right))
         arguments = [
-            _aligned(rows), gate_rows, weight, float(norm_eps), left, right, clip,
+            _aligned(rows), gate, norm_weight, float(norm_eps), left, right, clip.contiguous(),
             codes, scale, None if symmetric else zero, tokens,
         ]  # fmt: skip
         if not plan.fast:

@@ -108,12 +108,19 @@ def plan_kv_attention(
     bits: int,
     dtype: torch.dtype,
     limits: DeviceLimits,
+    codes_begin: int = 0,
+    zeros_begin: int = 0,
 ) -> AttentionPlan:
     """The kernel for `group_rows` query rows (heads / kv_heads · q_len) a KV head.
 
     The splits fill the chip's multiprocessors once, with as many blocks as each holds.
+
+    Args:
+        codes_begin, zeros_begin: addresses of the cache's codes and zeros, or those of K and V or-ed: how they are
+            aligned is all that counts. A cache that is a view may begin anywhere.
     """
-    aligned = capacity * head_dim // 2 % 16 == 0  # each head's codes begin at a multiple of 16 bytes
+    # Each head's codes begin at a multiple of 16 bytes.
+    aligned = capacity * head_dim // 2 % 16 == 0 and codes_begin % 16 == 0
     if bits != 4 or limits.arch < 80 or head_dim % 16 or not aligned:
         plain = (("HEAD_DIM", head_dim), ("TYPE", HALF_NAMES[dtype]), ("BITS", bits), ("WARPS", 4))
         kernel = Kernel("kv_attention_plain.cu", "kv_attention_plain", plain)
@@ -136,7 +143,7 @@ def plan_kv_attention(
         ("TEAMS", teams),
         ("STAGES", stages),
         ("BLOCKS", blocks),
-        ("COPY_ZEROS", int(capacity % 4 == 0)),
+        ("COPY_ZEROS", int(capacity % 4 == 0 and zeros_begin % 4 == 0)),
     )
     kernel = Kernel("kv_attention.cu", "kv_attention", defines)
     return AttentionPlan(kernel, splits, row_groups, 16 * tiles, 32 * warps, shared_bytes, True)
@@ -182,7 +189,10 @@ def launch_kv_attention(
     if query.data_ptr() % 16:
         query = query.clone()
     bits, group_rows = code_bits(k[0], head_dim), heads // kv_heads * q_len
-    plan = plan_kv_attention(batch, kv_heads, group_rows, head_dim, capacity, bits, query.dtype, device.limits)
+    codes_begin, zeros_begin = (k[i].data_ptr() | v[i].data_ptr() for i in (0, 2))
+    plan = plan_kv_attention(
+        batch, kv_heads, group_rows, head_dim, capacity, bits, query.dtype, device.limits, codes_begin, zeros_begin
+    )
     score_scale = softmax_scale * math.log2(math.e)
     tensors = [query, *k, *v, lengths.contiguous(), None if first is None else first.contiguous(), out]
     if not plan.fast:
@@ -278,8 +288,9 @@ def kv_attention(
         query: `[batch, heads, q_len, head_dim]`, float16 or bfloat16; heads a multiple of kv_heads, head_dim even, at
             most 256.
         k_codes, k_scale, k_zero, v_codes, v_scale, v_zero: as `kv_quant_` fills them, the queries' own keys included.
-            The fast kernel wants 4-bit codes, head_dim a multiple of 16, and at head_dim 80 an even capacity; a
-            capacity that is a multiple of 4 lets it copy all of the cache asynchronously.
+            The fast kernel wants 4-bit codes that begin at a multiple of 16 bytes, head_dim a multiple of 16, and at
+            head_dim 80 an even capacity; a capacity that is a multiple of 4 lets it copy all of the cache
+            asynchronously.
         lengths: int32 `[batch]`, keys of each sequence, the queries' own included; 0 to capacity.
         softmax_scale: factor on the scores, usually head_dim ** -0.5.
         first: int32 `[batch]`, the first key of each sequence (left padding lies before it). None: 0.

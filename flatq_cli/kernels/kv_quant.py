@@ -12,6 +12,7 @@ any size and GPU. `kv_quant_inverse.cu` reads the numbers back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -169,11 +170,15 @@ def launch_kv_quant(
     rows = batch * heads * tokens
     if rows == 0:
         return
-    plan = plan_kv_quant(rows, head_dim, code_bits(codes, head_dim), x.dtype, matrix is not None, device.limits)
+    bits = code_bits(codes, head_dim)
+    plan = plan_kv_quant(rows, head_dim, bits, x.dtype, matrix is not None, device.limits)
+    # Rows of the cache are stored in words that divide them, and an output cannot be copied to where those would fit.
+    if codes.data_ptr() % math.gcd(codes.shape[3], 16):
+        plan = _plain_plan(rows, head_dim, bits, x.dtype, matrix is not None)
     if not _readable(x, plan.aligned):
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # a contiguous view may begin anywhere
     if matrix is not None:
-        matrix = matrix.contiguous()
+        matrix = aligned(matrix)
     sizes: list[int] = [rows, heads, tokens, codes.shape[2], x.stride(0), x.stride(1), x.stride(2)]
     arguments: list[Argument] = [x, matrix, clip.contiguous(), codes, scale, zero, start.contiguous(), *sizes]
     device.launch(plan.kernel, (plan.grid, 1, 1), plan.block, plan.shared_bytes, arguments)
@@ -187,13 +192,20 @@ def _readable(x: Tensor, aligned: bool) -> bool:
     return not aligned or (all(stride % 8 == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0)
 
 
+def aligned(tensor: Tensor, word: int = 16) -> Tensor:
+    """Contiguous, and beginning at a multiple of the `word` bytes that a kernel reads at a time."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % word == 0 else tensor.clone()
+
+
 def launch_kv_dequant(device: Device, codes: Tensor, scale: Tensor, zero: Tensor, head_dim: int, out: Tensor) -> None:
     """`kv_dequant` on `device` into `out` `[batch, kv_heads, capacity, head_dim]`, contiguous."""
     if out.numel() == 0:
         return
     kernel = dequant_kernel(head_dim, code_bits(codes, head_dim), out.dtype)
-    threads = codes.numel() // int(dict(kernel.defines)["BYTES"])
-    arguments: list[Argument] = [codes.contiguous(), scale.contiguous(), zero.contiguous(), out, scale.numel()]
+    word = int(dict(kernel.defines)["BYTES"])
+    threads = codes.numel() // word
+    arguments: list[Argument] = [aligned(codes, word), scale.contiguous(), zero.contiguous(), out, scale.numel()]
     device.launch(kernel, (-(-threads // 256), 1, 1), 256, 0, arguments)
 
 
@@ -252,7 +264,8 @@ def kv_quant_(
             is 1 and rows begin at multiples of 16 bytes); head_dim even, at most 256.
         matrix: `[head_dim, head_dim]` of x's dtype; rows become x · matrix, in float32. None: rows as they are.
         clip: float32 `[2]`, factors on a row's maximum and minimum.
-        codes: uint8 `[batch, kv_heads, capacity, head_dim / 2]`, or `head_dim` wide for 8 bits; contiguous.
+        codes: uint8 `[batch, kv_heads, capacity, head_dim / 2]`, or `head_dim` wide for 8 bits; contiguous. Where it
+            does not begin at a multiple of 16 bytes (or of what divides a row) the plain kernel writes it.
         scale, zero: float32 and uint8 `[batch, kv_heads, capacity]`, contiguous.
         start: int32 `[batch]`, on x's device: token t of sequence b goes to row start[b] + t. Rows outside the
             capacity are dropped, because nothing can be raised from values that only the device knows.

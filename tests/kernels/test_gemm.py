@@ -20,6 +20,7 @@ from flatq_cli.kernels.gemm import (
     w4a8_gemm,
 )
 from flatq_cli.kernels.gemm_plan import TILES, decode_layout, form_of, plain_plan, tiled_layout
+from flatq_cli.kernels.sass import count_instructions, find_nvdisasm
 from tests.cuda_emulator.device import EmulatedDevice, EmulatorError
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -318,6 +319,17 @@ def test_the_kernels_that_need_most_registers_compile_without_spills(arch):
         for plan in plans:
             compiled = compile_kernel(gemm_kernel(plan, bits, zero, False, F16), device.limits.arch)
             assert (compiled.spill_bytes, compiled.stack_bytes) == (0, 0), plan
+
+
+@pytest.mark.skipif(find_nvdisasm() is None, reason="nvdisasm is not installed")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_mma_is_copied_into_the_sides_of_a_branch(arch):
+    # All lanes must meet at the same one, and which codes a lane loads depends on its token.
+    plan = decode_layout(1, 4096, 4096, form_of(4, arch), 1, 1, LIMITS[arch])
+    kernel = gemm_kernel(plan, 4, False, False, F16)
+    found = count_instructions(compile_kernel(kernel, arch).cubin, kernel.entry)
+    steps, parts = 4, 2 if arch == 80 else 4
+    assert found.imma == steps * parts
 
 
 def test_report_cases_run_and_read_little_more_than_the_weights():

@@ -1,6 +1,7 @@
 """kron_quant's CUDA text, run by the emulator (and, where there is one, by a GPU), against float64."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ class Problem:
         if where != "gpu":
             device = emulator() if where == "emulator" else where
             return launch_kron_quant(device, self.x, self.kron, self.clip, plan=plan, **self.options, **self.extra)
-        kron = prepare_kron(*(m and m.cuda() for m in (self.kron.left, self.kron.right)), self.dtype, self.n)
+        left, right = (None if m is None else m.cuda() for m in (self.kron.left, self.kron.right))
+        kron = prepare_kron(left, right, self.dtype, self.n)
         extra = {name: tensor.cuda() for name, tensor in self.extra.items()}
         found = kron_quant(self.x.cuda(), kron, self.clip.cuda(), **self.options, **extra)
         return type(found)(*(tensor if tensor is None else tensor.cpu() for tensor in found))
@@ -200,7 +202,20 @@ def test_a_view_may_begin_anywhere(where):
     x = torch.cat([torch.zeros(3, dtype=F16), problem.x.flatten()])
     problem.x = x[3:].reshape(5, 128)
     assert problem.x.data_ptr() % 16 != 0
+    problem.clip = torch.tensor([[0.85, 9.0], [0.95, 9.0]])[:, 0]
     problem.check(problem.run(where))
+
+
+def test_prepared_matrices_may_begin_anywhere():
+    problem = Problem(16, 32, 3)
+    clean = problem.run()
+
+    def moved(tensor):
+        return torch.cat([torch.zeros(1, dtype=F16), tensor.flatten()])[1:].reshape(tensor.shape)
+
+    kron = problem.kron
+    problem.kron = replace(kron, prepared_left=moved(kron.prepared_left), prepared_right=moved(kron.prepared_right))
+    assert torch.equal(problem.run().codes, clean.codes)
 
 
 def test_every_plan_gives_the_same_codes():

@@ -103,6 +103,17 @@ def test_odd_capacities_and_lengths_at_the_edge(capacity):
         check(EmulatedDevice(), random_query(2, 4, 2, head_dim, torch.float16), k, v, ints(capacity, capacity - 1))
 
 
+def test_a_cache_may_begin_anywhere():
+    def moved(tensor):
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    k, v = random_cache(1, 2, 40, 64), random_cache(1, 2, 40, 64, seed=1)
+    query = random_query(1, 4, 2, 64, torch.float16)
+    for part in (0, 2):  # codes, zero points
+        there = tuple(moved(tensor) if i == part else tensor for i, tensor in enumerate(v))
+        check(EmulatedDevice(), moved(query), k, there, ints(39))
+
+
 @pytest.mark.parametrize(("arch", "head_dim", "bits"), [(75, 64, 4), (80, 90, 4), (80, 64, 8), (80, 250, 8)])
 def test_the_plain_kernel_takes_what_the_fast_one_does_not(arch, head_dim, bits):
     device = EmulatedDevice(arch=arch)

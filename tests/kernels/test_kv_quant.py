@@ -135,6 +135,28 @@ def test_strides_that_a_kernel_cannot_follow_are_copied_first():
         assert torch.equal(cache[2], exact[2])
 
 
+def moved(tensor):
+    """The same, contiguous, but beginning one element behind a multiple of 16 bytes."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("transformed", [True, False])
+def test_views_may_begin_anywhere(transformed):
+    x, matrix = rows(1, 2, 5, 64, torch.float16).contiguous(), square(64, torch.float16) if transformed else None
+    plain, exact = empty_cache(1, 2, 5, 64), empty_cache(1, 2, 5, 64)
+    quantize_into_cache(x, matrix, CLIP, *exact, starts(0))
+    places = [(moved(x), matrix, plain), (x, matrix, [moved(part) for part in empty_cache(1, 2, 5, 64)])]
+    if transformed:
+        places.append((x, moved(matrix), empty_cache(1, 2, 5, 64)))
+    for rows_there, matrix_there, cache in places:
+        launch_kv_quant(EmulatedDevice(), rows_there, matrix_there, CLIP, *cache, starts(0))
+        torch.testing.assert_close(cache[1], exact[1])
+        assert torch.equal(cache[0], exact[0])
+    out = torch.empty(1, 2, 5, 64, dtype=torch.float16)
+    launch_kv_dequant(EmulatedDevice(), *(moved(part) for part in exact), 64, out)
+    assert torch.equal(out, dequantize_cache(*exact, 64, torch.float16))
+
+
 def test_starts_beyond_the_cache_write_nothing():
     for matrix in (None, square(64, torch.float16)):
         cache = empty_cache(3, 1, 4, 64)

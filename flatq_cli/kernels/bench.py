@@ -4,21 +4,26 @@
 
 needs torch, CuPy and pytest, from a checkout. In this order: the chip's own rates are measured, the tests marked `gpu`
 run, every kernel is timed, compute-sanitizer looks for wrong accesses and races where it is installed. The report is
-written after each step, so a run that is cut off leaves what it had; where the budget gets short, measurements are
-repeated less, then left out.
+written after each step and row, so a run that is cut off leaves what it had; where the budget gets short, measurements
+are repeated less, then left out.
 
-    bench_work     what is run             bench_timing    how it is timed
-    bench_report   what it means           bench_smoke     what compute-sanitizer runs
+    bench_work        what is run             bench_timing    how it is timed
+    bench_report      what it means           bench_smoke     what compute-sanitizer runs
+    bench_processes   what runs apart, so that a kernel that hangs or faults does not end the run
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -28,18 +33,25 @@ from typing import Any
 
 import torch
 
+from flatq_cli.kernels.bench_processes import CHECKOUT, LOST_CONTEXT, NO_TIME, python, rows_apart, run_command
 from flatq_cli.kernels.bench_report import Rates, Row, goals, row_json, write_report
 from flatq_cli.kernels.bench_timing import Budget, Clock, EventClock, time_calls
 from flatq_cli.kernels.bench_work import OPS, Work, all_works, copy_of
-from flatq_cli.kernels.compiler import cache_dir, compile_kernel, load_nvrtc
+from flatq_cli.kernels.compiler import compile_kernel, load_nvrtc
 from flatq_cli.kernels.cuda import cuda_device
+from flatq_cli.kernels.device import Kernel
 from flatq_cli.kernels.errors import KernelError
 
 BUDGET_SECONDS = 450.0
 """Under the eight minutes that a run may take, with what starting Python costs."""
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
-_TESTS_SECONDS, _SANITIZER_SECONDS = 150.0, 75.0
+_TESTS_SECONDS, _SANITIZER_SECONDS, _COMPILE_SECONDS = 150.0, 75.0, 60.0
+_HANG_SECONDS = 60  # after which a test's stack is printed
+_TEST_PARTS = 6
+_SHOWN_LINES = 120  # of the output of a check that failed
+_OUR_KERNELS = ("kron_quant", "w4_gemm", "kv_quant", "kv_dequant", "kv_attention")  # how their names begin
+_WARM_SECONDS = 0.5  # of work until the clocks of an idle GPU are up
+_NO_FAULT = (NO_TIME, "out of memory")  # errors of rows that say nothing against a kernel
 _SHARES = (0.02, 0.25)  # seconds that a measurement's replays may take: at least, at most
 
 
@@ -49,7 +61,7 @@ def run_bench(
     """Check and time the kernels on torch's current GPU, and write the report to `out`.
 
     Returns:
-        The report's data. `failed` is true where a check found a fault.
+        The report's data. `failed` is true where a check found a fault or a kernel could not be run.
     Raises:
         KernelError: there is no GPU, or CuPy is missing.
     """
@@ -60,17 +72,18 @@ def run_bench(
     limits = cuda_device(device).limits
     report = Report(out, about(device))
     log(f"{report.data['device']['name']}, sm_{limits.arch}")
-    compile_ahead(limits.arch, log)
-    clock = EventClock(device)
-    report.rates = measure_rates(device, clock, budget, limits.arch)
     report.write()
-    report.check("tests marked gpu", *run_tests(min(_TESTS_SECONDS, budget.left / 2)))
+    works = all_works(ops=ops)
+    compile_ahead(works, device, log)
+    report.rates = measure_rates(device, EventClock(device), budget, limits.arch)
+    report.write()
+    torch.cuda.empty_cache()  # for the processes that follow
+    report.check("tests marked gpu", *run_tests(min(_TESTS_SECONDS, budget.left / 2), log))
     log(f"tests: {report.data['checks'][-1]['result']}")
     timing = Budget(max(0.0, budget.left - 2 * _SANITIZER_SECONDS if find_sanitizer() else budget.left - 5))
-    run_works(all_works(ops=ops), device, clock, timing, report, log)
-    report.data["notes"] += sorted(set(clock.notes))
+    time_works(works, ops, timing, report, log)
     for tool in ("memcheck", "racecheck"):
-        report.check(f"compute-sanitizer {tool}", *run_sanitizer(tool, min(_SANITIZER_SECONDS, budget.left)))
+        report.check(f"compute-sanitizer {tool}", *run_sanitizer(tool, min(_SANITIZER_SECONDS, budget.left), log))
     report.finish()
     log(f"wrote {' and '.join(str(path) for path in report.files)}")
     return report.data
@@ -102,6 +115,13 @@ class Report:
         self.data["failed"] = self.data["failed"] or passed is False
         self.write()
 
+    def add(self, row: Row, notes: Sequence[str] = ()) -> None:
+        """Add a row and write. An error that speaks against a kernel fails the report."""
+        self.rows.append(row)
+        self.data["failed"] = self.data["failed"] or row.error not in (None, *_NO_FAULT)
+        self.data["notes"] = sorted({*self.data["notes"], *notes})
+        self.write()
+
     def write(self) -> None:
         """Write what there is."""
         self.data["rates"] = None if self.rates is None else asdict(self.rates)
@@ -120,26 +140,52 @@ class Report:
 # ---- Measuring. ----
 
 
-def run_works(
-    works: Sequence[Work],
-    device: torch.device,
-    clock: Clock,
-    budget: Budget,
-    report: Report,
-    log: Callable[[str], None],
+def time_works(
+    works: Sequence[Work], ops: Sequence[str], budget: Budget, report: Report, log: Callable[[str], None]
 ) -> None:
-    """Time every work and its baselines, and add a row each; a work that fails is a row with its error."""
+    """Time every work and its baselines in processes of their own, and add a row each."""
+
+    def tell(row: Row, notes: Sequence[str]) -> None:
+        report.add(row, notes)
+        measured = row.error if row.seconds is None else f"{row.seconds * 1e6:.1f} µs"
+        log(f"{len(report.rows)}/{len(works)}  {row.op} {row.size}, {row.tokens} tokens: {measured}")
+
+    chosen = [word for op in ops for word in ("--op", op)]
+    rows_apart(works, python("flatq_cli.kernels.bench", *chosen), budget, tell)
+
+
+def run_works(
+    works: Sequence[Work], device: torch.device, clock: Clock, budget: Budget, tell: Callable[[Row], None]
+) -> bool:
+    """Time every work and its baselines, and tell a row each; a work that fails is a row with its error.
+
+    Returns:
+        False where the device's context was lost: the works behind the last row were not run.
+    """
     for position, work in enumerate(works):
         share = min(_SHARES[1], max(_SHARES[0], budget.left / (len(works) - position) / 8))
         row = measure(work, device, clock, budget, share)
-        report.rows.append(row)
-        if row.seconds is not None:
-            log(f"{position + 1}/{len(works)}  {row.op} {row.size}, {row.tokens} tokens: {row.seconds * 1e6:.1f} µs")
-        else:
-            log(f"{position + 1}/{len(works)}  {row.op} {row.size}, {row.tokens} tokens: {row.error}")
-        if position % 10 == 9:
-            report.write()
-    report.write()
+        try:
+            clock.wait()
+        except RuntimeError as error:
+            row.error = row.error or _first_line(error)
+            tell(row)
+            return False
+        tell(row)
+    return True
+
+
+def print_rows(positions: Sequence[int], seconds: float, ops: Sequence[str]) -> int:
+    """What a child of the benchmark does (`rows_apart`): measure these works and print a line for each row."""
+    budget, device = Budget(seconds), torch.device("cuda", torch.cuda.current_device())
+    clock, works = EventClock(device), all_works(ops=ops)
+
+    def tell(row: Row) -> None:
+        print(json.dumps({"row": asdict(row), "notes": sorted(set(clock.notes))}), flush=True)
+        clock.notes.clear()
+
+    done = run_works([works[position] for position in positions], device, clock, budget, tell)
+    return 0 if done else LOST_CONTEXT
 
 
 def measure(work: Work, device: torch.device, clock: Clock, budget: Budget, share: float) -> Row:
@@ -148,9 +194,11 @@ def measure(work: Work, device: torch.device, clock: Clock, budget: Budget, shar
     try:
         row.seconds = time_calls(lambda: work.make(device), work.bytes, clock, budget, share)
         if row.seconds is None:
-            row.error = "no time left"
+            row.error = NO_TIME
+    except torch.OutOfMemoryError:
+        row.error = "out of memory"
     except Exception as error:  # whatever it is, the other rows are still wanted
-        row.error = next(iter(str(error).splitlines()), type(error).__name__)
+        row.error = _first_line(error)
     for name, make in work.baselines.items():
         with contextlib.suppress(RuntimeError):
             seconds = time_calls(lambda make=make: make(device), work.bytes, clock, budget, share)  # type: ignore[misc]
@@ -159,7 +207,13 @@ def measure(work: Work, device: torch.device, clock: Clock, budget: Budget, shar
     return row
 
 
-def measure_rates(device: torch.device, clock: Clock, budget: Budget, arch: int, size: int = 8192) -> Rates:
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def measure_rates(
+    device: torch.device, clock: Clock, budget: Budget, arch: int, size: int = 8192, warm: float = _WARM_SECONDS
+) -> Rates:
     """The chip's copy bandwidth and matrix rates, by a large copy and large matrix products of torch's."""
     moved = 16 * size * size
 
@@ -177,6 +231,9 @@ def measure_rates(device: torch.device, clock: Clock, budget: Budget, arch: int,
         a, b = (torch.randint(-128, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
         return lambda: torch._int_mm(a, b.mT)
 
+    warming, product = Budget(warm), halves()
+    while warming.left > 0:
+        clock.once(product)
     operations = 2.0 * size**3
     float16 = rate(halves, operations)
     try:
@@ -193,67 +250,97 @@ def measure_rates(device: torch.device, clock: Clock, budget: Budget, arch: int,
     )
 
 
-def compile_ahead(arch: int, log: Callable[[str], None]) -> None:
-    """Compile the kernels of the report's cases into the cache, on all cores, so that timing does not wait for it."""
-    from flatq_cli.kernels.device import LIMITS
-    from flatq_cli.kernels.static import all_cases
+def compile_ahead(works: Sequence[Work], device: torch.device, log: Callable[[str], None]) -> None:
+    """Compile what the works need into the cache, so that timing does not wait for it.
 
-    known = max(other for other in LIMITS if other <= arch)
+    In processes, because NVRTC compiles one kernel at a time in each; they are forked, and touch no GPU.
+    """
+    own = cuda_device(device)
+    with own.planning() as planned:
+        for work in works:
+            with contextlib.suppress(Exception):  # the row will say what it is
+                work.make(device)()
+    torch.cuda.empty_cache()
+    kernels = list(dict.fromkeys(planned))
+    load_nvrtc()
+    workers = max(1, min(len(kernels), os.cpu_count() or 1))
     try:
-        kernels = list(dict.fromkeys(case.kernel for case in all_cases(LIMITS[known])))
-    except ImportError as error:
-        log(f"not compiled ahead: {error}")
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            wanted = [(kernel, own.limits.arch) for kernel in kernels]
+            done = pool.starmap_async(_compile_one, wanted, chunksize=1).get(_COMPILE_SECONDS)
+    except (OSError, ValueError, multiprocessing.TimeoutError) as error:
+        log(f"not compiled ahead: {type(error).__name__} {error}")
         return
+    log(f"{sum(done)} of {len(kernels)} kernels compiled")
 
-    def compile_one(kernel: Any) -> None:
-        with contextlib.suppress(KernelError):  # the row that needs it will say so
-            compile_kernel(kernel, arch)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_one, kernels))
-    log(f"{len(kernels)} kernels compiled")
+def _compile_one(kernel: Kernel, arch: int) -> bool:
+    try:
+        compile_kernel(kernel, arch)
+    except KernelError:  # the row that needs it will say so
+        return False
+    return True
 
 
 # ---- Checking. ----
 
 
-def run_tests(seconds: float) -> tuple[bool | None, str]:
-    """The tests marked `gpu` in a process of their own: whether they passed, and pytest's last line."""
-    if not (_CHECKOUT / "tests" / "kernels").is_dir():
+def run_tests(seconds: float, log: Callable[[str], None], parts: int | None = None) -> tuple[bool | None, str]:
+    """The tests marked `gpu`: whether they passed, what failed, and how many.
+
+    In several processes at once, each with a part of the tests: they compile side by side, and one that loses its
+    context takes only its own part along.
+    """
+    if not (CHECKOUT / "tests" / "kernels").is_dir():
         return None, "not run: no checkout here, only an installed package"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/kernels",
-        "-m",
-        "gpu",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
-    return _verdict(_run(command, seconds), lambda code, output: code == 0 and " passed" in output)
+    parts = parts or max(1, min(_TEST_PARTS, (os.cpu_count() or 1) // 2))
+    options = ("-m", "gpu", "-v", "--tb=short", "--no-header", "-p", "no:cacheprovider")
+    command = [*python("pytest", "tests/kernels", *options), "-o", f"faulthandler_timeout={_HANG_SECONDS}"]
+
+    def run(part: int) -> tuple[int | None, str]:
+        return run_command(command, seconds, {"FLATQ_TEST_PART": f"{part}/{parts}"})
+
+    with ThreadPoolExecutor(parts) as pool:
+        done = list(pool.map(run, range(parts)))
+    verdicts = [_verdict(one, lambda code, output: code == 0 and " passed" in output) for one in done]
+    for (_, output), (passed, _) in zip(done, verdicts, strict=True):
+        if passed is not True:
+            log("\n".join(output.splitlines()[-_SHOWN_LINES:]))
+    results = [passed for passed, _ in verdicts]
+    total = False if False in results else None if None in results else True
+    said = [result for passed, result in verdicts if passed is not True]
+    return total, "; ".join([*said, _counts([output for _, output in done])])
 
 
-def run_sanitizer(tool: str, seconds: float) -> tuple[bool | None, str]:
-    """Every kernel once under compute-sanitizer's `tool`."""
+def _counts(outputs: Sequence[str]) -> str:
+    """The sums of what pytest's last lines count."""
+    found: Counter[str] = Counter()
+    for output in outputs:
+        for count, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", output.strip().rpartition("\n")[2]):
+            found[what.replace("errors", "error")] += int(count)
+    return ", ".join(f"{count} {what}" for what, count in found.items()) or "no test ended"
+
+
+def run_sanitizer(tool: str, seconds: float, log: Callable[[str], None]) -> tuple[bool | None, str]:
+    """Every kernel once under compute-sanitizer's `tool`, which looks at our kernels only.
+
+    Each tensor is allocated by itself then: inside torch's cached blocks no access is out of bounds. Errors that torch
+    itself meets and handles are not ours.
+    """
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return None, "not run: compute-sanitizer is not installed (it comes with the CUDA toolkit)"
     if seconds < 20:
         return None, "not run: no time left"
-    command = [
-        str(sanitizer),
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "flatq_cli.kernels.bench_smoke",
-    ]
-    return _verdict(_run(command, seconds), lambda code, output: code == 0 and "SUMMARY" in output)
+    options = [*("--tool", tool), *("--error-exitcode", "9"), *("--print-limit", "20")]
+    options += [word for name in _OUR_KERNELS for word in ("--kernel-name", f"kns={name}")]
+    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = [str(sanitizer), *options, *python("flatq_cli.kernels.bench_smoke")]
+    done = run_command(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    passed, result = _verdict(done, lambda code, output: code == 0 and "SUMMARY" in output)
+    if passed is not True:
+        log("\n".join(done[1].splitlines()[-_SHOWN_LINES:]))
+    return passed, result
 
 
 def find_sanitizer() -> Path | None:
@@ -265,34 +352,12 @@ def find_sanitizer() -> Path | None:
     return Path(found) if found else next((place for place in places if os.access(place, os.X_OK)), None)
 
 
-def _run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: it took too long) and output of a command in the checkout; it shares the cache of kernels."""
-    environment = {**os.environ, "FLATQ_CACHE_DIR": str(cache_dir().parent)}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=_CHECKOUT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=max(1.0, seconds),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, ""
-    except OSError as error:
-        return 1, str(error)
-    return done.returncode, done.stdout
-
-
 def _verdict(done: tuple[int | None, str], passed: Callable[[int, str], bool]) -> tuple[bool | None, str]:
     code, output = done
     if code is None:
-        return None, "did not end in its time"
+        return None, "; ".join(["did not end in its time", *[line for line in output.splitlines() if line][-1:]])
     lines = [line.strip("= ") for line in output.splitlines() if line.strip("= ")]
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:5]
+    failures = [line for line in lines if line.startswith(("FAILED ", "ERROR tests"))][:5]
     return passed(code, output), "; ".join([*failures, *lines[-1:]]) or f"exit code {code}"
 
 
@@ -349,7 +414,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the report")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="time to spend, all in all")
     parser.add_argument("--op", action="append", choices=OPS, help="only this op; repeatable")
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # what a child measures
     chosen = parser.parse_args(arguments)
+    if chosen.rows is not None:
+        return print_rows([int(row) for row in chosen.rows.split(",")], chosen.seconds, chosen.op or OPS)
     try:
         data = run_bench(
             chosen.out, chosen.seconds, chosen.op or OPS, lambda line: print(line, file=sys.stderr, flush=True)

@@ -174,7 +174,9 @@ def markdown(data: Mapping[str, Any]) -> str:
     lines += [
         "",
         "Time is the median of CUDA-graph replays, each call on another copy of the data, the copies larger "
-        "than L2 together. Roofline: the larger of bytes ÷ copy bandwidth and operations ÷ rate of a matrix product.",
+        "than L2 together "
+        "(24 at the most: the data of a small call stays there). Roofline: the larger of bytes ÷ copy bandwidth and "
+        "operations ÷ rate of a matrix product.",
         "",
         "## Checks",
         "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeAlias
 
 import torch
@@ -108,8 +108,14 @@ def normal(device: torch.device, *shape: int) -> Tensor:
 
 def orthogonal(size: int, device: torch.device) -> Tensor:
     """A matrix that keeps lengths, as a learned transform nearly does."""
+    return _orthogonal(size).to(device, torch.float16)
+
+
+@lru_cache
+def _orthogonal(size: int) -> Tensor:
+    """Made once: on the CPU it takes longer than what is measured."""
     matrix: Tensor = torch.linalg.qr(torch.randn(size, size))[0]
-    return matrix.to(device, torch.float16)
+    return matrix
 
 
 def random_bytes(device: torch.device, *shape: int) -> Tensor:

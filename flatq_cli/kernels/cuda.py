@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class CudaDevice:
         self._limits = _limits(device)
         self._loaded: dict[Kernel, _Loaded] = {}
         self._lock = threading.Lock()
+        self._planned: list[Kernel] | None = None
 
     @property
     def limits(self) -> DeviceLimits:
@@ -60,9 +62,13 @@ class CudaDevice:
         if min(grid) == 0:
             return
         packed = pack_arguments(arguments, self._device, kernel)
+        if self._planned is not None:
+            self._planned.append(kernel)
+            return
         with torch.cuda.device(self._device):
             loaded = self._loaded.get(kernel) or self._load(kernel)
             try:
+                self._enter_context(loaded)
                 self._allow_shared(loaded, shared_bytes)
                 stream = torch.cuda.current_stream(self._device).cuda_stream
                 self._cupy.driver.launchKernel(
@@ -73,6 +79,16 @@ class CudaDevice:
                     f"{describe_kernel(kernel, self.limits.arch)}: {error} for grid {grid}, {block} threads, "
                     f"{shared_bytes} bytes of shared memory"
                 ) from error
+
+    @contextmanager
+    def planning(self) -> Iterator[list[Kernel]]:
+        """Launches only note their kernels while this lasts: what will have to be compiled. Outputs are not written."""
+        planned: list[Kernel] = []
+        self._planned = planned
+        try:
+            yield planned
+        finally:
+            self._planned = None
 
     def _load(self, kernel: Kernel) -> _Loaded:
         with self._lock:
@@ -90,8 +106,15 @@ class CudaDevice:
                 function = module.get_function(kernel.entry)
             except self._cupy.driver.CUDADriverError as error:
                 raise KernelError(f"{describe_kernel(kernel, self.limits.arch)} cannot be loaded: {error}") from error
-            self._loaded[kernel] = _Loaded(module, function.ptr, compiled, _DEFAULT_SHARED - compiled.shared_bytes)
+            context = self._cupy.driver.ctxGetCurrent()
+            room = _DEFAULT_SHARED - compiled.shared_bytes
+            self._loaded[kernel] = _Loaded(module, function.ptr, compiled, room, context)
             return self._loaded[kernel]
+
+    def _enter_context(self, loaded: _Loaded) -> None:
+        """A thread in which neither torch nor CuPy has called CUDA's runtime yet has no context; a launch needs one."""
+        if self._cupy.driver.ctxGetCurrent() != loaded.context:
+            self._cupy.driver.ctxSetCurrent(loaded.context)
 
     def _allow_shared(self, loaded: _Loaded, shared_bytes: int) -> None:
         """More than 48 KB of shared memory must be asked for, once for each function."""
@@ -125,6 +148,7 @@ class _Loaded:
     function: int
     compiled: Compiled
     allowed_shared: int
+    context: int
 
 
 class Packed(NamedTuple):

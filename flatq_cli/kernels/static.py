@@ -89,7 +89,7 @@ def all_cases(limits: DeviceLimits, ops: Iterable[str] = OPS) -> list[Case]:
 
 
 def static_report(archs: Sequence[int] = ARCHS, ops: Iterable[str] = OPS, threads: int = 2) -> list[dict[str, Any]]:
-    """One row for each case and architecture; each distinct kernel is compiled once (NVRTC works without the GIL).
+    """One row for each case and architecture; each distinct kernel is compiled once (NVRTC: one at a time).
 
     Raises:
         KernelError: a kernel does not compile, or CuPy is missing.

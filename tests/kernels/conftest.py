@@ -2,6 +2,7 @@
 
 There, modules that need hypothesis are left out (no test marked `gpu` stands in one). Where torch sees no GPU, tests
 marked `gpu` are skipped. Compiled kernels are kept in a folder of the session: no test depends on what ran before it.
+`FLATQ_TEST_PART=1/6` takes the second of six parts of the tests marked `gpu`.
 """
 
 import os
@@ -19,7 +20,13 @@ if find_spec("hypothesis") is None:
     collect_ignore = [path.name for path in modules if "\nfrom hypothesis" in path.read_text(encoding="utf-8")]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "FLATQ_TEST_PART" in os.environ:
+        part, parts = map(int, os.environ["FLATQ_TEST_PART"].split("/"))
+        marked = [item for item in items if item.get_closest_marker("gpu")]
+        chosen = marked[len(marked) * part // parts : len(marked) * (part + 1) // parts]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if torch.cuda.is_available():
         return
     for item in items:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flatq_cli.kernels import bench, bench_report, bench_smoke, bench_timing, bench_work
+from flatq_cli.kernels import bench, bench_processes, bench_report, bench_smoke, bench_timing, bench_work
 from flatq_cli.kernels.bench_report import Rates, Row
 from flatq_cli.kernels.bench_timing import Budget, WallClock, time_calls
 from flatq_cli.kernels.bench_work import Work
@@ -34,8 +35,8 @@ class Watch:
 class ScriptedClock:
     """Each call lasts as long as it says; replays last as long as their calls."""
 
-    def __init__(self, watch, l2_bytes=1000):
-        self.watch, self.l2_bytes, self.runs = watch, l2_bytes, 0
+    def __init__(self, watch, l2_bytes=1000, captured_share=1.0):
+        self.watch, self.l2_bytes, self.runs, self.captured_share = watch, l2_bytes, 0, captured_share
 
     def once(self, call):
         self.runs += 1
@@ -45,7 +46,7 @@ class ScriptedClock:
 
     def prepare(self, calls):
         self.captured = list(calls)
-        return lambda: sum(call() for call in calls)
+        return lambda: sum(call() for call in calls) * self.captured_share
 
 
 # ---- Timing. ----
@@ -73,6 +74,14 @@ def test_the_time_of_a_call_is_a_replays_over_its_calls():
     seconds = time_calls(lambda: made.append(1) or (lambda: 5e-6), 100, clock, Budget(100, watch), share=1.0)
     assert seconds == pytest.approx(5e-6)
     assert len(made) == len(set(map(id, clock.captured))) == 21
+
+
+def test_calls_that_cost_more_to_launch_than_to_run_are_captured_again_in_greater_number():
+    watch = Watch()
+    clock = ScriptedClock(watch, captured_share=0.01)
+    seconds = time_calls(lambda: lambda: 1e-3, 1e9, clock, Budget(100, watch), share=1.0)
+    assert seconds == pytest.approx(1e-5)
+    assert len(clock.captured) >= 0.8 * bench_timing.REPLAY_SECONDS / 1e-5
 
 
 def test_a_spent_budget_measures_nothing_and_a_short_one_repeats_less():
@@ -238,31 +247,133 @@ def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_goes_on(tmp_pa
         Work("kron_quant", "2x2", 1, 1, 1, "float16", lambda device: lambda: None),
     ]
     report = bench.Report(tmp_path, device())
-    lines = []
-    bench.run_works(works, CPU, WallClock(), Budget(60), report, lines.append)
+    assert bench.run_works(works, CPU, WallClock(), Budget(60), report.add)
+    assert report.data["failed"]
     assert report.rows[0].error == "kernel f does not compile: x"
     assert report.rows[0].baselines["copy"] > 0
     assert report.rows[1].seconds is not None
-    assert len(lines) == 2
     assert report.files[0].exists()
 
 
 def test_a_spent_budget_leaves_rows_that_say_so(tmp_path):
     works = [Work("kron_quant", "1x1", 1, 1, 1, "float16", lambda device: lambda: None)]
     report = bench.Report(tmp_path, device())
-    bench.run_works(works, CPU, WallClock(), Budget(0), report, lambda line: None)
+    bench.run_works(works, CPU, WallClock(), Budget(0), report.add)
     report.finish()
     assert report.rows[0].error == "no time left"
+    assert not report.data["failed"]
     assert not report.data["complete"]
+
+
+def test_memory_that_does_not_suffice_is_no_fault_of_a_kernel(tmp_path):
+    def large(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    report = bench.Report(tmp_path, device())
+    bench.run_works([work("kron_quant", large)], CPU, WallClock(), Budget(9), report.add)
+    assert report.rows[0].error == "out of memory"
+    assert not report.data["failed"]
+
+
+def work(op="kron_quant", make=lambda device: lambda: None, tokens=1):
+    return Work(op, "1x1", tokens, 1.0, 1.0, "float16", make)
+
+
+def test_a_lost_context_ends_the_works_behind_it_and_is_the_rows_fault():
+    class Lost(WallClock):
+        def wait(self):
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    rows = []
+    assert not bench.run_works([work(), work()], CPU, Lost(), Budget(9), rows.append)
+    assert [row.error for row in rows] == ["CUDA error: an illegal memory access"]
+
+
+CHILD = """
+import json, os, sys, time
+rows = [int(row) for row in sys.argv[sys.argv.index("--rows") + 1].split(",")]
+for row in rows:
+    if row == 1:
+        os.abort()
+    print("warning of a library", flush=True)
+    said = {"op": "a", "size": str(row), "tokens": 1, "bytes": 1, "operations": 1, "unit": "int8"}
+    print(json.dumps({"row": {**said, "seconds": 1.0}, "notes": [f"note {row}"]}), flush=True)
+    if row == 3:
+        raise SystemExit(3)
+    if row == 4:
+        time.sleep(60)
+"""
+
+
+def test_a_work_that_takes_its_process_down_costs_its_row_and_the_next_process_goes_on_behind_it():
+    works = [work(op) for op in ("kron_quant", "kron_quant", "layer", "layer", "kv_quant", "gemm", "gemm")]
+    told = []
+    bench_processes.rows_apart(
+        works, [sys.executable, "-c", CHILD], Budget(100), lambda row, notes: told.append((row, notes)), silence=4.0
+    )
+    assert [row.error for row, _ in told] == [
+        None,
+        "took its process down (exit code -6)",
+        None,
+        None,
+        None,
+        "took its process down (nothing for 4 s)",
+        None,
+    ]
+    assert told[0][0].size == "0"
+    assert told[0][1] == ["note 0"]
+
+
+def test_an_op_that_takes_two_processes_down_is_left_out():
+    works = [work("a"), work("a"), work("b"), work("a")]
+    told = []
+    code = "import sys; sys.exit(5)"
+    bench_processes.rows_apart(works, [sys.executable, "-c", code], Budget(60), lambda row, notes: told.append(row))
+    assert [(row.op, row.error.partition(" (")[0]) for row in told] == [
+        ("a", "took its process down"),
+        ("a", "took its process down"),
+        ("a", "left out: works of this op took their processes down"),
+        ("b", "took its process down"),
+    ]
+
+
+def test_no_process_is_started_without_time():
+    told = []
+    bench_processes.rows_apart([work()], ["/nowhere"], Budget(0), lambda row, notes: told.append(row.error))
+    assert told == ["no time left"]
+
+
+def test_what_the_works_need_is_compiled_ahead_in_other_processes(monkeypatch, tmp_path):
+    pytest.importorskip("cupy")
+    from contextlib import contextmanager
+
+    from flatq_cli.kernels.compiler import cache_dir
+    from flatq_cli.kernels.gemm import gemm_kernel
+    from flatq_cli.kernels.gemm_plan import plain_plan
+
+    monkeypatch.setenv("FLATQ_CACHE_DIR", str(tmp_path))
+    kernels = [gemm_kernel(plain_plan(1, 1), bits, False, False, torch.float16) for bits in (4, 8)]
+    planned = []
+
+    @contextmanager
+    def planning():
+        yield planned
+
+    made = [work(make=lambda device, kernel=kernel: lambda: planned.append(kernel)) for kernel in kernels]
+    monkeypatch.setattr(bench, "cuda_device", lambda where: SimpleNamespace(limits=LIMITS[90], planning=planning))
+    lines = []
+    bench.compile_ahead([*made, made[0]], CPU, lines.append)
+    assert lines == ["2 of 2 kernels compiled"]
+    assert len(list(cache_dir().glob("*.bin"))) == 2
 
 
 def test_rates_are_operations_over_time(monkeypatch):
     monkeypatch.setattr(bench, "time_calls", lambda make, moved, clock, budget, share: make()() is None or 0.5)
-    rates = bench.measure_rates(CPU, WallClock(), Budget(10), arch=89, size=32)
+    rates = bench.measure_rates(CPU, WallClock(), Budget(10), arch=89, size=32, warm=0)
     assert rates.copy == 16 * 32 * 32 / 0.5
     assert rates.float16 == rates.int8 == 2 * 32**3 / 0.5
     assert rates.int4 == 2 * rates.int8
-    assert bench.measure_rates(CPU, WallClock(), Budget(10), arch=90, size=32).int4 == rates.int8
+    assert bench.measure_rates(CPU, WallClock(), Budget(10), arch=90, size=32, warm=0).int4 == rates.int8
 
 
 # ---- Checks and commands. ----
@@ -271,19 +382,36 @@ def test_rates_are_operations_over_time(monkeypatch):
 @pytest.mark.parametrize(
     ("done", "expected"),
     [
-        ((0, "..\n12 passed in 3s\n"), (True, "12 passed in 3s")),
+        ((0, "..\n12 passed in 3s\n"), (True, "24 passed")),
         (
             (1, "x\nFAILED tests/a.py::b - wrong\n1 failed, 2 passed\n"),
-            (False, "FAILED tests/a.py::b - wrong; 1 failed, 2 passed"),
+            (False, "FAILED tests/a.py::b - wrong; 1 failed, 2 passed; 14 passed, 1 failed"),
         ),
-        ((5, "no tests ran\n"), (False, "no tests ran")),
-        ((0, "12 skipped in 3s\n"), (False, "12 skipped in 3s")),
-        ((None, ""), (None, "did not end in its time")),
+        ((5, "no tests ran\n"), (False, "no tests ran; 12 passed")),
+        ((0, "12 skipped in 3s\n"), (False, "12 skipped in 3s; 12 passed, 12 skipped")),
+        ((None, "a PASSED\nb \n"), (None, "did not end in its time; b ; 12 passed")),
     ],
 )
-def test_the_verdict_of_the_tests_is_their_exit_code_and_last_line(monkeypatch, done, expected):
-    monkeypatch.setattr(bench, "_run", lambda command, seconds: done)
-    assert bench.run_tests(10) == expected
+def test_the_verdict_of_the_tests_is_that_of_all_parts_and_what_is_wrong_is_shown(monkeypatch, done, expected):
+    def run(command, seconds, environment):
+        return (0, "12 passed in 2s\n") if environment["FLATQ_TEST_PART"] == "0/2" else done
+
+    shown = []
+    monkeypatch.setattr(bench, "run_command", run)
+    passed, said = bench.run_tests(10, shown.append, parts=2)
+    assert (passed, said) == expected
+    assert bool(shown) == (passed is not True)
+
+
+def test_the_parts_of_the_tests_are_all_of_them_once():
+    found = []
+    for part in range(2):
+        command = [sys.executable, "-m", "pytest", "tests/kernels/test_gpu.py", "-m", "gpu", "--collect-only", "-q"]
+        code, output = bench.run_command([*command, "-o", "addopts="], 60, {"FLATQ_TEST_PART": f"{part}/2"})
+        assert code == 0, output
+        found += [line for line in output.splitlines() if "::" in line]
+    assert len(found) == len(set(found))
+    assert sum("test_gpu.py" in line for line in found) > 90
 
 
 @pytest.mark.parametrize(
@@ -297,34 +425,48 @@ def test_the_verdict_of_the_tests_is_their_exit_code_and_last_line(monkeypatch, 
 )
 def test_the_sanitizer_passes_only_if_it_says_so(monkeypatch, tmp_path, done, passed):
     monkeypatch.setattr(bench, "find_sanitizer", lambda: tmp_path / "compute-sanitizer")
-    monkeypatch.setattr(bench, "_run", lambda command, seconds: done)
-    assert bench.run_sanitizer("memcheck", 60)[0] is passed
+    asked = []
+    monkeypatch.setattr(bench, "run_command", lambda command, seconds, environment: asked.append(command) or done)
+    assert bench.run_sanitizer("memcheck", 60, lambda line: None)[0] is passed
+    assert {"kns=kron_quant", "kns=w4_gemm", "kns=kv_attention"} < set(asked[0])
+
+
+def test_the_sanitizer_looks_at_every_kernel():
+    pytest.importorskip("cupy")
+    from flatq_cli.kernels.static import all_cases
+
+    entries = {case.kernel.entry for case in all_cases(LIMITS[90])}
+    assert all(entry.startswith(bench._OUR_KERNELS) for entry in entries)
 
 
 def test_without_the_sanitizer_or_time_it_is_not_run(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "find_sanitizer", lambda: None)
-    assert bench.run_sanitizer("memcheck", 60) == (
+    assert bench.run_sanitizer("memcheck", 60, print) == (
         None,
         "not run: compute-sanitizer is not installed (it comes with the CUDA toolkit)",
     )
     monkeypatch.setattr(bench, "find_sanitizer", lambda: tmp_path)
-    assert bench.run_sanitizer("memcheck", 3) == (None, "not run: no time left")
+    assert bench.run_sanitizer("memcheck", 3, print) == (None, "not run: no time left")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, as far as `run_bench` looks; kernels run on the CPU."""
-    clock = WallClock()
-    clock.notes = ["not captured: x", "not captured: x"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(bench, "cuda_device", lambda where: SimpleNamespace(limits=LIMITS[89]))
     monkeypatch.setattr(bench, "about", lambda where: device())
-    monkeypatch.setattr(bench, "compile_ahead", lambda arch, log: None)
-    monkeypatch.setattr(bench, "EventClock", lambda where: clock)
+    monkeypatch.setattr(bench, "compile_ahead", lambda works, where, log: None)
+    monkeypatch.setattr(bench, "EventClock", lambda where: WallClock())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def rows_apart(works, command, budget, tell):
+        bench.run_works(works, CPU, WallClock(), budget, lambda row: tell(row, ["not captured: x"]))
+
+    monkeypatch.setattr(bench, "rows_apart", rows_apart)
     monkeypatch.setattr(bench, "measure_rates", lambda *args: RATES)
-    monkeypatch.setattr(bench, "run_tests", lambda seconds: (True, "3 passed"))
-    monkeypatch.setattr(bench, "run_sanitizer", lambda tool, seconds: (None, "not installed"))
+    monkeypatch.setattr(bench, "run_tests", lambda seconds, log: (True, "3 passed"))
+    monkeypatch.setattr(bench, "run_sanitizer", lambda tool, seconds, log: (None, "not installed"))
     works = [
         Work("kron_quant", f"{n}x{n} int4", 2048, 8.0, 8.0, "float16", lambda where: lambda: None) for n in (64, 128)
     ]
@@ -347,7 +489,7 @@ def test_a_whole_run_is_a_complete_report_and_exit_code_0(gpu, tmp_path):
 
 
 def test_failed_tests_are_exit_code_1_and_the_figures_are_kept(gpu, tmp_path):
-    gpu.setattr(bench, "run_tests", lambda seconds: (False, "FAILED x; 1 failed"))
+    gpu.setattr(bench, "run_tests", lambda seconds, log: (False, "FAILED x; 1 failed"))
     assert bench.main(["--out", str(tmp_path)]) == 1
     page = (tmp_path / "kernels-nvidia-geforce-rtx-4090.md").read_text()
     assert "- tests marked gpu: FAILED x; 1 failed" in page
@@ -355,7 +497,7 @@ def test_failed_tests_are_exit_code_1_and_the_figures_are_kept(gpu, tmp_path):
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_had(gpu, tmp_path):
-    def interrupt(seconds):
+    def interrupt(seconds, log):
         raise KeyboardInterrupt
 
     gpu.setattr(bench, "run_tests", interrupt)
@@ -366,8 +508,15 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(gpu, tmp_path):
 
 
 def test_a_command_that_takes_too_long_is_ended():
-    assert bench._run([sys.executable, "-c", "import time; time.sleep(60)"], 1.0) == (None, "")
-    assert bench._run([sys.executable, "-c", "print('out'); raise SystemExit(3)"], 30) == (3, "out\n")
+    grandchild = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
+    start = time.monotonic()
+    assert bench.run_command([sys.executable, "-c", f"print('begun', flush=True); {grandchild}"], 2.0) == (
+        None,
+        "begun\n",
+    )
+    assert time.monotonic() - start < 20
+    assert bench.run_command([sys.executable, "-c", "print('out'); raise SystemExit(3)"], 30) == (3, "out\n")
+    assert bench.run_command(["/nowhere"], 30)[0] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -31,6 +31,13 @@ class FakeDriver:
 
     def __init__(self):
         self.attributes, self.launches, self.refuse = [], [], None
+        self.contexts = threading.local()  # as in the driver, each thread has its own
+
+    def ctxGetCurrent(self):  # noqa: N802
+        return getattr(self.contexts, "current", 0)
+
+    def ctxSetCurrent(self, context):  # noqa: N802
+        self.contexts.current = context
 
     def funcSetAttribute(self, function, attribute, value):  # noqa: N802
         self.attributes.append((function, attribute, value))
@@ -38,6 +45,8 @@ class FakeDriver:
     def launchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):  # noqa: N802
         if self.refuse:
             raise FakeError(self.refuse)
+        if not self.ctxGetCurrent():
+            raise FakeError("CUDA_ERROR_INVALID_CONTEXT")
         first = ctypes.string_at(ctypes.c_uint64.from_address(arguments).value, 8)
         self.launches.append(
             SimpleNamespace(
@@ -54,11 +63,13 @@ class FakeDriver:
 
 class FakeModule:
     loads: list = []  # noqa: RUF012
+    driver: FakeDriver
 
     def load(self, cubin):
         if cubin == b"unloadable":
             raise FakeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
         self.loads.append(cubin)
+        self.driver.ctxSetCurrent(55)  # CuPy makes the primary context current before it loads
 
     def get_function(self, name):
         return SimpleNamespace(ptr=100 + len(self.loads), name=name)
@@ -68,7 +79,7 @@ class FakeModule:
 def world(monkeypatch):
     """A fake CuPy, a fake compiler, and torch's CUDA functions on a machine with none."""
     FakeModule.loads.clear()
-    driver = FakeDriver()
+    driver = FakeModule.driver = FakeDriver()
     world = SimpleNamespace(driver=driver, compiled=[], capturing=False, stream=7, cubin=b"cubin", static_shared=0)
     properties = SimpleNamespace(
         major=8,
@@ -170,6 +181,35 @@ def test_threads_that_meet_a_new_kernel_load_it_once(world):
     assert len(world.driver.launches) == 8
 
 
+def test_a_thread_that_has_no_context_yet_launches_in_that_of_the_kernel(world):
+    device = CudaDevice(CPU)
+    device.launch(KERNEL, (1, 1, 1), 32, 0, [])
+    seen = []
+
+    def launch():
+        seen.append(world.driver.ctxGetCurrent())
+        device.launch(KERNEL, (1, 1, 1), 32, 0, [])
+        seen.append(world.driver.ctxGetCurrent())
+
+    thread = threading.Thread(target=launch)
+    thread.start()
+    thread.join()
+    assert seen == [0, 55]
+    assert len(world.driver.launches) == 2
+
+
+def test_planning_notes_kernels_and_neither_compiles_nor_launches(world):
+    device = CudaDevice(CPU)
+    with device.planning() as planned:
+        device.launch(KERNEL, (1, 1, 1), 32, 0, [torch.zeros(1)])
+    assert planned == [KERNEL]
+    assert not world.compiled
+    assert not world.driver.launches
+    device.launch(KERNEL, (1, 1, 1), 32, 0, [])
+    assert len(world.driver.launches) == 1
+    assert planned == [KERNEL]
+
+
 def test_shared_memory_beyond_48_kb_is_asked_for_when_it_grows(world):
     device = CudaDevice(CPU)
     for shared in (0, 48 * 1024, 50_000, 49_500, 90_000):
@@ -243,6 +283,8 @@ def test_what_is_used_of_cupy_is_there():
     assert issubclass(driver.CUDADriverError, Exception)
     assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8
     assert driver.funcSetAttribute
+    assert driver.ctxGetCurrent
+    assert driver.ctxSetCurrent
     assert {"load", "get_function"} <= set(dir(module))
     if driver.launchKernel.__doc__:
         assert driver.launchKernel.__doc__.count(",") == 10

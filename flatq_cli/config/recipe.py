@@ -93,13 +93,21 @@ class CalibrationSpec(Frozen):
     )
     clip_init: float = Field(4.0, description="a fixed start, before the sigmoid: sigmoid(4) = 0.982 of the range")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
+    rounding_samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="sequences that GPTQ rounds against; 0: as many as `samples`"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: as torch chooses")
 
 
 class TuneSpec(Frozen):
-    """Tuning after rounding; not part of this version, so only `steps: 0` is accepted."""
+    """Tuning after rounding: with the weight codes fixed, all the rest learns end to end to give the full-precision
+    model's next-token distribution. Sequences and batches are those of `calibration`, as many as the text has.
+    """
 
-    steps: Literal[0] = Field(0, description="steps of tuning after rounding; 0: none")
+    steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of tuning after rounding; 0: none")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(4e-4, description="AdamW's rate")
+    clip_rate: Annotated[float, Field(gt=0)] = Field(20.0, description="how many times faster clips learn")
+    warmup: Annotated[int, Field(ge=0)] = Field(8, description="steps over which the rate rises")
 
 
 class Recipe(Frozen):

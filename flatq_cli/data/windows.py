@@ -42,6 +42,12 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, s
     return windows[chosen]
 
 
+def available_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+    """As `calibration_windows`, but fewer where the text has no more than so many; the first are the same."""
+    most = len(_tokens(text, tokenizer)) // seqlen
+    return calibration_windows(text, tokenizer, max(1, min(samples, most)), seqlen, seed)
+
+
 def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Tensor:
     """The first windows of a text.
 

@@ -20,7 +20,7 @@ from flatq_cli.calibration.moments import Recorder, recorders
 from flatq_cli.calibration.start import Start, plain_transforms, starting_transforms
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.data.texts import load_text
-from flatq_cli.data.windows import calibration_windows
+from flatq_cli.data.windows import available_windows, calibration_windows
 from flatq_cli.errors import WorkError
 from flatq_cli.models.families import Shapes, family_of
 from flatq_cli.models.locate import fingerprint, load_tokenizer, locate
@@ -144,12 +144,20 @@ def _prepare(recipe: Recipe, device: str) -> torch.device:
     return torch.device(device)
 
 
-def calibration_tokens(run: Run, source: BlockSource) -> Tensor:
-    """[samples, seqlen] token ids of the run's calibration text."""
+def calibration_tokens(run: Run, source: BlockSource, samples: int = 0) -> Tensor:
+    """[samples, seqlen] token ids of the run's calibration text.
+
+    Args:
+        samples: how many windows, or fewer where the text has no more; 0: exactly the recipe's `samples`. More windows
+            begin with the same ones.
+    """
     spec = run.config.recipe.calibration
     data = run.config.data
     text = load_text(data.name if data is not None and spec.data == "auto" else spec.data)
-    return calibration_windows(text, load_tokenizer(source.location), spec.samples, spec.seqlen, spec.seed)
+    tokenizer = load_tokenizer(source.location)
+    if samples:
+        return available_windows(text, tokenizer, samples, spec.seqlen, spec.seed)
+    return calibration_windows(text, tokenizer, spec.samples, spec.seqlen, spec.seed)
 
 
 def _check_finite(source: BlockSource, index: int, targets: Tensor) -> None:

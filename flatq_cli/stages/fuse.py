@@ -25,6 +25,8 @@ from flatq_cli.runtime.layout import SiteLayout, block_layout
 from flatq_cli.runtime.sites import attach_sites, online_sites
 from flatq_cli.stages.calibrate import STAGE as CALIBRATE
 from flatq_cli.stages.calibrate import block_name, calibration_tokens, to_device
+from flatq_cli.stages.tune import STAGE as TUNE
+from flatq_cli.stages.tune import TUNED, tune
 from flatq_cli.store.atomic import write_json
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.records import Metrics
@@ -37,10 +39,10 @@ EDGES = "edges"
 
 
 def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Fold and round every block of `run` that is not yet fused.
+    """Fold and round every block of `run` that is not yet fused; then tune, if the recipe says so.
 
     Returns:
-        The stage's metrics: blocks, bytes, and the mean relative rounding error of the weights.
+        The stage's metrics: blocks, bytes, the mean relative rounding error of the weights, and those of tuning.
     """
     started = time.monotonic()
     recipe = run.config.recipe
@@ -54,7 +56,10 @@ def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = Fa
         return dict(stage.manifest.metrics)
 
     layouts = block_layout(recipe, source.family, source.shapes)
-    missing = [i for i in range(source.num_blocks) if not stage.complete(block_name(i))]
+    tuning = run.stage(TUNE)
+    if recipe.tune.steps:
+        tuning.begin({CALIBRATE: calibrated.digest()})
+    missing = _missing(stage, source, tuning)
     prefix = None
     if recipe.weights.bits < 16 and recipe.weights.rounding == "gptq" and missing:
         prefix = Prefix(run, source, layouts, torch.device(device))
@@ -70,15 +75,30 @@ def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = Fa
             prefix.advance(index, tensors if index in missing else stage.load(name))
     if not stage.complete(EDGES):
         _save(stage, source, source.num_blocks, source.edge_tensors(), {}, time.monotonic())
+    tuned = tune(run, stage, tuning, source, layouts, torch.device(device), progress) if recipe.tune.steps else {}
     _write_index(stage, source)
     items = [stage.manifest.items[block_name(index)] for index in range(source.num_blocks)]
     metrics = {
         "blocks": source.num_blocks,
         "bytes": sum(item.bytes for item in stage.manifest.items.values()),
         "rounding_error": sum(float(item.metrics["rounding_error"] or 0.0) for item in items) / len(items),
+        **tuned,
     }
     stage.finish(metrics, seconds=time.monotonic() - started)
     return metrics
+
+
+def _missing(stage: Stage, source: BlockSource, tuning: Stage) -> list[int]:
+    """The blocks still to be rounded: all of them where one is gone and others are tuned already, since GPTQ would
+    round it behind a prefix that is not the one it had.
+    """
+    every = range(source.num_blocks)
+    missing = [index for index in every if not stage.complete(block_name(index))]
+    if not missing or not tuning.complete(TUNED):
+        return missing
+    for index in every:
+        stage.drop(block_name(index))
+    return list(every)
 
 
 def fuse_block(
@@ -132,7 +152,7 @@ class Prefix:
     def __init__(self, run: Run, source: BlockSource, layouts: dict[str, SiteLayout], device: torch.device) -> None:
         self.source, self.layouts, self.device = source, layouts, device
         self.batch = run.config.recipe.calibration.batch
-        self.hidden = source.embed(calibration_tokens(run, source))
+        self.hidden = source.embed(calibration_tokens(run, source, run.config.recipe.calibration.rounding_samples))
         self.kwargs = [to_device(kwargs, device) for kwargs in source.block_kwargs(self.hidden[:1])]
 
     def round(self, folded: FoldedBlock, index: int, spec: WeightSpec) -> Rounded:

@@ -124,6 +124,13 @@ class Stage:
         self._add(name, item)
         return item
 
+    def drop(self, name: str) -> None:
+        """Take item `name`, if there is one, out of the manifest and then delete its file."""
+        item = self.manifest.items.get(name)
+        if item is not None:
+            self._forget(name)
+            (self.path / item.file).unlink(missing_ok=True)
+
     def verify(self) -> None:
         """Check every item's file against its SHA-256.
 

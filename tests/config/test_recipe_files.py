@@ -183,7 +183,7 @@ def test_a_wrong_choice_is_reported_with_file_line_key_choices_and_the_nearest_o
         ("calibration: {learning_rate: -2e-3}", ":1: calibration.learning_rate: -0.002 should be greater than 0"),
         ("calibration: {samples: many}", ":1: calibration.samples: 'many' should be a valid integer"),
         ("activations: {symmetric: perhaps}", ":1: activations.symmetric: 'perhaps' should be a valid boolean"),
-        ("tune: {steps: 100}", ":1: tune.steps: 100 is not 0"),
+        ("tune: {steps: -1}", ":1: tune.steps: -1 should be greater than or equal to 0"),
         (
             "weights:",
             ":1: weights: this is a section with the keys bits, group, symmetric, clip, rounding; found an empty",

@@ -195,7 +195,9 @@ def tiny_text(folder: Path) -> Path:
 
 
 def tiny_recipe(folder: Path, epochs: int = 0, **sections: dict[str, Any]) -> Recipe:
-    """The default recipe on the tiny text; `sections` are sections of a recipe, merged over it."""
+    """The default recipe on the tiny text, rounded to nearest and not tuned; `sections` are merged over it."""
+    plain = {"weights": {"rounding": "nearest"}, "tune": {"steps": 0}}
+    sections = {**plain, **{name: {**plain.get(name, {}), **section} for name, section in sections.items()}}
     calibration = {"data": str(tiny_text(folder)), "samples": 8, "seqlen": 16, "epochs": epochs, "batch": 4}
     return Recipe.model_validate({**sections, "calibration": {**calibration, **sections.get("calibration", {})}})
 

@@ -30,7 +30,7 @@ class WeightSpec(Frozen):
     symmetric: bool = Field(True, description="codes symmetric around zero, or codes with a zero point")
     clip: ClipKind = Field("learned", description="learned weight clipping (LWC), or none")
     rounding: Literal["nearest", "gptq"] = Field(
-        "nearest", description="how a weight becomes a code: the nearest, or GPTQ on the quantized prefix's inputs"
+        "gptq", description="how a weight becomes a code: the nearest, or GPTQ on the quantized prefix's inputs"
     )
 
 
@@ -77,7 +77,7 @@ class CalibrationSpec(Frozen):
     samples: Annotated[int, Field(ge=1)] = Field(128, description="sequences")
     seqlen: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in a sequence")
     epochs: Annotated[int, Field(ge=0)] = Field(
-        15, description="passes over the sequences for each block; 0: no training"
+        0, description="passes over the sequences for each block; 0: no training"
     )
     batch: Annotated[int, Field(ge=1)] = Field(4, description="sequences in a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="AdamW's rate for transforms")
@@ -104,7 +104,7 @@ class TuneSpec(Frozen):
     model's next-token distribution. Sequences and batches are those of `calibration`, as many as the text has.
     """
 
-    steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of tuning after rounding; 0: none")
+    steps: Annotated[int, Field(ge=0)] = Field(64, description="steps of tuning after rounding; 0: none")
     learning_rate: Annotated[float, Field(gt=0)] = Field(4e-4, description="AdamW's rate")
     clip_rate: Annotated[float, Field(gt=0)] = Field(20.0, description="how many times faster clips learn")
     warmup: Annotated[int, Field(ge=0)] = Field(8, description="steps over which the rate rises")

@@ -23,6 +23,7 @@ from flatq_cli.models.source import BlockSource, run_block
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.runtime.sites import attach_sites, online_sites
 from flatq_cli.stages.calibrate import block_name, calibration_tokens, to_device
+from flatq_cli.store.atomic import load_tensors
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.records import Metrics
 from flatq_cli.store.run import Run
@@ -56,9 +57,14 @@ def tune(
     """
     if not stage.complete(TUNED):
         started = time.monotonic()
-        fused = [_own_tensors(fuse, source, index, device) for index in range(source.num_blocks)]
-        free = [FreeNumbers(tensors, source.family).to(device) for tensors in fused]
-        losses = _learn(run, stage, source, layouts, fused, free, device, progress)
+        fuse.verify()
+        # Of a block only what is tuned stays in memory; its codes are read again whenever it runs.
+        free = [
+            FreeNumbers(_own_tensors(fuse, source, index, device), source.family).to(device)
+            for index in range(source.num_blocks)
+        ]
+        blocks = _running_blocks(fuse, source, layouts, device)
+        losses = _learn(run, stage, source, free, blocks, device, progress)
         tensors = {
             f"{source.family.layers}.{index}.{name}": tensor.cpu().contiguous()
             for index, numbers in enumerate(free)
@@ -79,9 +85,8 @@ def _learn(
     run: Run,
     stage: Stage,
     source: BlockSource,
-    layouts: dict[str, SiteLayout],
-    fused: list[dict[str, Tensor]],
     free: list[FreeNumbers],
+    blocks: Callable[[int], RunningBlock],
     device: torch.device,
     progress: Progress,
 ) -> list[float]:
@@ -97,7 +102,6 @@ def _learn(
     hidden = source.embed(tokens)
     kwargs = [to_device(each, device) for each in source.block_kwargs(hidden[:1])]
     targets = _full_precision_output(source, hidden, kwargs, recipe.calibration.batch, device, progress)
-    blocks = _running_blocks(source, layouts, fused, device)
     head = source.head(device=device)
     saved = time.monotonic()
     for _ in progress.track(range(tuner.steps_done, recipe.tune.steps), "tune"):
@@ -143,13 +147,13 @@ def _full_precision_output(
 
 
 def _running_blocks(
-    source: BlockSource, layouts: dict[str, SiteLayout], fused: list[dict[str, Tensor]], device: torch.device
+    fuse: Stage, source: BlockSource, layouts: dict[str, SiteLayout], device: torch.device
 ) -> Callable[[int], RunningBlock]:
-    """Block i, ready to run: all kept where memory allows, else each dequantized when it is asked for."""
+    """Block i, ready to run: all kept where memory allows, else each read and dequantized when it is asked for."""
 
     def make(index: int) -> RunningBlock:
         block = attach_sites(source.block(index, device=device), source.family, online_sites(layouts)).to(device)
-        return RunningBlock(block, fused[index], source.family)
+        return RunningBlock(block, _own_tensors(fuse, source, index, device), source.family)
 
     weights = sum(rows * columns for rows, columns in source.shapes.linears(source.family).values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -160,11 +164,11 @@ def _running_blocks(
     return kept.__getitem__
 
 
-def _own_tensors(stage: Stage, source: BlockSource, index: int, device: torch.device) -> dict[str, Tensor]:
-    """A block's fused tensors by their names inside the block."""
+def _own_tensors(fuse: Stage, source: BlockSource, index: int, device: torch.device) -> dict[str, Tensor]:
+    """A block's fused tensors by their names inside the block; its file is verified already."""
     prefix = f"{source.family.layers}.{index}."
-    loaded = stage.load(block_name(index))
-    return {name.removeprefix(prefix): tensor.to(device) for name, tensor in loaded.items()}
+    loaded = load_tensors(fuse.path / fuse.manifest.items[block_name(index)].file, str(device))
+    return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
 
 
 def _write_into_shards(fuse: Stage, stage: Stage, source: BlockSource) -> None:

@@ -108,3 +108,12 @@ def test_a_shard_lost_after_tuning_is_made_again_to_the_same_bits(tmp_path: Path
 def test_batches_go_through_whole_batches_again_and_again():
     assert [batch_rows(step, 9, 4) for step in range(3)] == [slice(0, 4), slice(4, 8), slice(0, 4)]
     assert batch_rows(5, 3, 4) == slice(0, 3)
+
+
+def test_blocks_read_again_at_every_step_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where the model does not fit in memory."""
+    kept, read = calibrated(tmp_path, "kept"), calibrated(tmp_path, "read")
+    fuse(kept, "cpu", SILENT)
+    monkeypatch.setattr(tune_stage, "KEEP_SHARE", 0.0)
+    fuse(read, "cpu", SILENT)
+    assert hashes(read) == hashes(kept)

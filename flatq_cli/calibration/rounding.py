@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from flatq_cli.calibration.learnable import WEIGHT_CLIP, transforms_from_plain
 from flatq_cli.calibration.moments import Recorder
+from flatq_cli.calibration.precision import fast_matmuls
 from flatq_cli.config.recipe import WeightSpec
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.quantization.gptq import gptq_weight
@@ -126,12 +127,17 @@ def running_tensors(folded: FoldedBlock, rounded: Rounded | None = None) -> dict
 def run_with(
     block: nn.Module, tensors: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any], batch: int
 ) -> Tensor:
-    """The block's output [samples, tokens, hidden] with `tensors` in place of its own; where `hidden` is."""
+    """The block's output [samples, tokens, hidden] with `tensors` in place of its own; where `hidden` is.
+
+    Matmuls are in bf16 where that is faster: what is rounded against is a model's inputs, which have more noise than
+    that.
+    """
     device = next(iter(tensors.values())).device
     outputs = torch.empty_like(hidden)
     for first in range(0, hidden.shape[0], batch):
         rows = slice(first, first + batch)
-        output = functional_call(block, dict(tensors), (hidden[rows].to(device),), dict(kwargs))
+        with fast_matmuls(device):
+            output = functional_call(block, dict(tensors), (hidden[rows].to(device),), dict(kwargs))
         outputs[rows] = (output[0] if isinstance(output, tuple) else output).to(outputs)
     return outputs
 

@@ -11,7 +11,6 @@ goes back through them, each run again with gradients (activation checkpointing 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from flatq_cli.calibration.precision import fast_matmuls
 from flatq_cli.errors import WorkError
 from flatq_cli.models.families import Family
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
@@ -256,14 +256,14 @@ def _gradients(
     """Accumulate the gradient of the divergence into `free`; returns the divergence."""
     device = hidden.device
     inputs: list[Tensor] = []
-    with torch.no_grad(), _autocast(device):
+    with torch.no_grad(), fast_matmuls(device):
         for i, numbers in enumerate(free):
             inputs.append(hidden)
             hidden = blocks(i).run(numbers.tensors(), hidden, kwargs[i]).float()
     loss, gradient = _head_gradient(head, hidden, target)
     for i in reversed(range(len(free))):
         entry = inputs.pop().detach().requires_grad_()
-        with torch.enable_grad(), _autocast(device):
+        with torch.enable_grad(), fast_matmuls(device):
             output = blocks(i).run(free[i].tensors(), entry, kwargs[i]).float()
         output.backward(gradient)  # type: ignore[no-untyped-call]
         assert entry.grad is not None
@@ -276,7 +276,7 @@ def _head_gradient(head: nn.Module, hidden: Tensor, target: Tensor) -> tuple[flo
     total, gradients = 0.0, []
     for sample, goal in zip(torch.split(hidden, 1), torch.split(target, 1), strict=True):
         sample = sample.detach().requires_grad_()
-        with _autocast(hidden.device):
+        with fast_matmuls(hidden.device):
             with torch.no_grad():
                 teacher = head(goal)
             with torch.enable_grad():
@@ -287,8 +287,3 @@ def _head_gradient(head: nn.Module, hidden: Tensor, target: Tensor) -> tuple[flo
         gradients.append(sample.grad)
         total += float(loss.detach())
     return total, torch.cat(gradients)
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 matmuls; sites' scales and everything learned stay in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16)

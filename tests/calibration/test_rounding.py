@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flatq_cli.calibration import rounding
 from flatq_cli.calibration.rounding import FoldedBlock, fold_block, round_gptq, round_nearest, run_with, running_tensors
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.quantization.gptq import gptq_weight
@@ -51,8 +53,11 @@ def test_gptq_moves_the_blocks_output_less_than_the_nearest_codes(tmp_path: Path
     assert error["gptq"] < 0.9 * error["nearest"]
 
 
-def test_each_linear_is_rounded_against_what_it_reads_when_all_before_it_are_rounded(tmp_path: Path):
+def test_each_linear_is_rounded_against_what_it_reads_when_all_before_it_are_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """down_proj's codes, from inputs noted in a run of the block whose other linears are rounded already."""
+    monkeypatch.setattr(rounding, "fast_matmuls", lambda device: contextlib.nullcontext())
     ready = prepare(tmp_path, samples=16, seqlen=32)
     folded = folded_block(ready)
     rounded = gptq(ready, folded)

@@ -146,7 +146,7 @@ def test_blocks_of_one_kind_share_their_arguments(config_of, make_dir):
     assert first["position_embeddings"] is third["position_embeddings"]
     # A batch of one: the memory of the arguments does not grow with the calibration batch.
     assert second["attention_mask"].shape == (1, 1, 19, 19)
-    assert first["past_key_values"] is None
+    assert first.get("past_key_values") is None  # transformers 5.24 leaves it out
 
 
 def test_a_block_comes_in_the_dtype_asked_for_and_frozen(make_dir, config_of):

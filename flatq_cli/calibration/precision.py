@@ -19,5 +19,5 @@ def fast_matmuls(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 def _cpu_has_bf16() -> bool:
     # A dict of CPU features by name, in torch versions that have it.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(feature) for feature in _BF16_FEATURES)

@@ -21,6 +21,7 @@ from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
+from flatq_cli.cli.report import report
 from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
 from flatq_cli.config.presets import find_preset, load_preset, preset_names
 from flatq_cli.config.recipe import Recipe
@@ -119,7 +120,7 @@ def fuse(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fold the transforms into the weights, and round them."""
+    """Fold the transforms into the weights, round them, and tune what is not a code."""
     with command_errors(debug), open_progress(quiet) as progress:
         from flatq_cli.stages import fuse as stage
 
@@ -281,6 +282,9 @@ def compare(
 
         rows = evaluation.compare(runs)
         show_json(rows) if as_json else show_rows(rows)
+
+
+app.command()(report)
 
 
 @app.command()

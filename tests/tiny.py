@@ -92,6 +92,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "svd": {"transform": {"parametrization": "svd", "init": "orthogonal", "diagonal": "smooth"}},
     "hadamard": {"transform": {"init": "hadamard", "diagonal": "none"}},
+    "orthogonal": {"transform": {"parametrization": "orthogonal", "init": "hadamard", "diagonal": "none"}},
     "log loss": {"calibration": {"loss": "log"}},
     "no clips": {"weights": NO_CLIP, "activations": NO_CLIP, "kv_cache": NO_CLIP},
     "fixed clips": {"calibration": {"clip_start": "fixed"}},

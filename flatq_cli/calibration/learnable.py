@@ -1,14 +1,13 @@
 """The numbers that calibration learns for one block, and the plain tensors they stand for.
 
-A `BlockParameters` holds a trainable form of every matrix (direct or svd), the diagonals, and the clips before their
-sigmoid. Everything outside this module sees transforms and clip factors. `plain()` gives what is stored;
+A `BlockParameters` holds a trainable form of every matrix (`transforms/parametrize.py`), the diagonals, and the clips
+before their sigmoid. Everything outside this module sees transforms and clip factors. `plain()` gives what is stored;
 `transforms_from_plain` is its inverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,9 @@ from flatq_cli.calibration.start import Start
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.transforms.kronecker import Invertible, Transform, transform_from_matrices
-from flatq_cli.transforms.parametrize import make_matrix
+from flatq_cli.transforms.parametrize import Parametrization, make_matrix
 
 WEIGHT_CLIP = "weight_clip"
-Parametrization = Literal["direct", "svd"]
 
 
 class SiteParameters(nn.Module):

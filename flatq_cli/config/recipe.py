@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 ClipKind = Literal["none", "learned"]
@@ -53,13 +54,18 @@ class KVCacheSpec(Frozen):
 class TransformSpec(Frozen):
     """The invertible map before each linear layer, and where its learning starts."""
 
-    kind: Literal["none", "kronecker"] = Field("kronecker", description="none, or a Kronecker product of two matrices")
-    parametrization: Literal["direct", "svd"] = Field(
+    kind: Literal["none", "kronecker"] = Field(
+        "kronecker", description="none (a diagonal may still be there), or a Kronecker product of two matrices"
+    )
+    parametrization: Literal["direct", "svd", "orthogonal"] = Field(
         "direct",
-        description="direct: a free matrix and its inverse; svd: two orthogonal factors, a diagonal (paper)",
+        description="direct: a free matrix and its inverse; svd: two orthogonal factors, a diagonal (paper); "
+        "orthogonal: one orthogonal matrix",
     )
     init: Literal["identity", "orthogonal", "hadamard", "balanced"] = Field(
-        "balanced", description="where the matrices start: identity, random orthogonal (paper), Hadamard, or balanced"
+        "balanced",
+        validate_default=True,
+        description="where the matrices start: identity, random orthogonal (paper), Hadamard, or balanced",
     )
     diagonal: Literal["none", "smooth", "balanced"] = Field(
         "balanced",
@@ -68,6 +74,16 @@ class TransformSpec(Frozen):
     smooth_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         0.3, description="exponent of the activation's maxima in the SmoothQuant-style diagonal"
     )
+
+    @field_validator("init")
+    @classmethod
+    def _fits_the_form(cls, init: str, info: ValidationInfo) -> str:
+        if init == "balanced" and info.data.get("parametrization") == "orthogonal":
+            raise PydanticCustomError(
+                "not_orthogonal",
+                "Input is not orthogonal, as transform.parametrization is: one of identity, orthogonal, hadamard",
+            )
+        return init
 
 
 class CalibrationSpec(Frozen):

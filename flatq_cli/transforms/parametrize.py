@@ -2,7 +2,8 @@
 
 `DirectMatrix` is the matrix itself: the fewest operations a step, and it may go anywhere. `SvdMatrix` is U diag(s) Vᵀ
 with U and V kept orthogonal by Cayley maps, as the paper trains: the inverse is free, and only s can make it ill
-conditioned. Both are float32.
+conditioned. `OrthogonalMatrix` is one such factor alone, its own inverse transpose. All are
+float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from flatq_cli.transforms.hadamard import random_orthogonal
 from flatq_cli.transforms.kronecker import Invertible, invertible
+
+Parametrization = Literal["direct", "svd", "orthogonal"]
 
 
 class MatrixModule(nn.Module):
@@ -84,6 +87,46 @@ class SvdMatrix(MatrixModule):
             return Invertible((u * self.s) @ v.mT, (u / self.s) @ v.mT)
 
 
-def make_matrix(kind: Literal["direct", "svd"], init: Tensor) -> MatrixModule:
-    """A trainable matrix of the given form that starts at `init`, `[n, n]` and invertible."""
-    return DirectMatrix(init) if kind == "direct" else SvdMatrix(init)
+class OrthogonalMatrix(MatrixModule):
+    """An orthogonal matrix Q = Q₀ C(A) that starts at `init` `[n, n]`, Q₀; A is free, skew-symmetric, and starts at 0.
+
+    Q⁻ᵀ = Q: both faces are one tensor, and the one solve a step is that of the Cayley map C(A) = (I - A/2)⁻¹ (I + A/2).
+    det C(A) = 1: what starts as a rotation stays one.
+
+    Raises:
+        ValueError: if `init` is not orthogonal.
+    Source: SpinQuant (arXiv 2405.16406) trains such matrices, by Cayley SGD.
+    """
+
+    base: Tensor
+
+    def __init__(self, init: Tensor) -> None:
+        super().__init__()
+        exact = init.detach().double()
+        eye = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+        if not torch.allclose(exact @ exact.mT, eye, rtol=0, atol=1e-5):
+            raise ValueError("an orthogonal form starts at an orthogonal matrix, and this one is not")
+        self.register_buffer("base", exact.to(torch.float32))
+        self.skew = nn.Parameter(torch.zeros_like(self.base))  # below its diagonal; the rest is never read
+
+    def invertible(self) -> Invertible:
+        with torch.autocast(self.skew.device.type, enabled=False):  # a rounded product would not be orthogonal
+            lower = self.skew.tril(-1)
+            half = (lower - lower.mT) / 2
+            eye = torch.eye(len(half), dtype=half.dtype, device=half.device)
+            matrix = self.base @ torch.linalg.solve(eye - half, eye + half)
+        return Invertible(matrix, matrix)
+
+
+def make_matrix(kind: Parametrization, init: Tensor) -> MatrixModule:
+    """A trainable matrix of the given form that starts at `init`, `[n, n]` and invertible.
+
+    Raises:
+        ValueError: the form is `orthogonal` and `init` is not.
+    """
+    forms: dict[Parametrization, type[DirectMatrix | SvdMatrix | OrthogonalMatrix]] = {
+        "direct": DirectMatrix,
+        "svd": SvdMatrix,
+        "orthogonal": OrthogonalMatrix,
+    }
+    return forms[kind](init)

@@ -23,10 +23,14 @@ def trained(ready: Prepared, settings: Recipe) -> BlockParameters:
     return learnable
 
 
-@pytest.mark.parametrize("form", ["direct", "svd"])
-def test_what_is_stored_gives_the_transforms_that_were_trained(tmp_path: Path, form: str):
+FORMS = [{"parametrization": form} for form in ("direct", "svd")]
+FORMS.append({"parametrization": "orthogonal", "init": "orthogonal"})
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form["parametrization"])
+def test_what_is_stored_gives_the_transforms_that_were_trained(tmp_path: Path, form: dict[str, str]):
     ready = prepare(tmp_path, "qwen3")
-    settings = Recipe.model_validate({"transform": {"parametrization": form}})
+    settings = Recipe.model_validate({"transform": form})
     learnable = trained(ready, settings)
     plain = learnable.plain()
     again = transforms_from_plain(plain, ready.layouts(settings), torch.float64)
@@ -87,10 +91,10 @@ def test_the_stored_tensors_are_those_of_the_architecture_document(tmp_path: Pat
         assert not name.endswith("clip") or bool(((tensor > 0) & (tensor < 1)).all()), name
 
 
-@pytest.mark.parametrize("form", ["direct", "svd"])
-def test_every_parameter_learns(tmp_path: Path, form: str):
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form["parametrization"])
+def test_every_parameter_learns(tmp_path: Path, form: dict[str, str]):
     ready = prepare(tmp_path, "qwen2")
-    settings = Recipe.model_validate({"transform": {"parametrization": form}})
+    settings = Recipe.model_validate({"transform": form})
     learnable, quantized = ready.learnable(settings), ready.quantized(settings)
     output = quantized.run(quantized.tensors(learnable), ready.hidden, ready.kwargs)
     (output - ready.targets).pow(2).mean().backward()
@@ -98,6 +102,28 @@ def test_every_parameter_learns(tmp_path: Path, form: str):
     without = [name for name, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
     # the value site has one row of clips for keys and one for values; a 1 × 1 matrix could be without
     assert without == []
+
+
+@pytest.mark.parametrize("init", ["hadamard", "orthogonal"])
+def test_a_block_trains_with_orthogonal_matrices_and_what_is_stored_is_orthogonal(tmp_path: Path, init: str):
+    bits = {section: {"bits": 8} for section in ("weights", "activations", "kv_cache")}
+    settings = Recipe.model_validate(
+        {
+            **bits,
+            "transform": {"parametrization": "orthogonal", "init": init, "diagonal": "none"},
+            "calibration": {"epochs": 8, "learning_rate": 0.03},
+        }
+    )
+    ready = prepare(tmp_path, samples=32, seqlen=32)
+    learnable = ready.learnable(settings, clip=0.98)
+    start = learnable.plain()
+    result = ready.fit(settings, learnable)
+    assert result.loss_after < 0.85 * result.loss_before
+    matrices = {name: tensor for name, tensor in learnable.plain().items() if name.endswith((".left", ".right"))}
+    assert len(matrices) == 9
+    for name, matrix in matrices.items():
+        assert float((matrix - start[name]).abs().max()) > 0.01, name
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=0, atol=1e-5)
 
 
 def test_the_parameters_are_transforms_and_clips_and_nothing_else(tmp_path: Path):

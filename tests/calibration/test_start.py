@@ -9,6 +9,7 @@ import torch
 
 from flatq_cli.calibration.fit import error_measure, evaluate_block
 from flatq_cli.config.recipe import Recipe
+from flatq_cli.config.recipe_files import load_recipe
 from tests.calibration.prepare import CPU, Prepared, prepare
 from tests.reference import array
 
@@ -67,7 +68,16 @@ def test_every_start_has_the_parts_of_its_layout_and_can_be_inverted(tmp_path: P
             assert bool((diag > 0).all())
 
 
-@pytest.mark.parametrize(("init", "form"), [("orthogonal", "direct"), ("orthogonal", "svd"), ("hadamard", "direct")])
+@pytest.mark.parametrize(
+    ("init", "form"),
+    [
+        ("orthogonal", "direct"),
+        ("orthogonal", "svd"),
+        ("orthogonal", "orthogonal"),
+        ("hadamard", "direct"),
+        ("hadamard", "orthogonal"),
+    ],
+)
 def test_starts_that_ignore_the_data_are_orthogonal(tmp_path: Path, init: str, form: str):
     ready = prepare(tmp_path)
     for left, right, _ in ready.starts(recipe(init=init, parametrization=form)).values():
@@ -147,11 +157,29 @@ def test_heads_keys_and_values_are_balanced(tmp_path: Path):
         assert np.trace(activations) * np.trace(weights) < np.trace(sigma_x) * np.trace(sigma_w)
 
 
-@pytest.mark.parametrize("init", ["hadamard", "balanced"])
-def test_direct_and_svd_start_at_the_same_matrices(tmp_path: Path, init: str):
+@pytest.mark.parametrize(
+    ("init", "form"),
+    [("hadamard", "svd"), ("balanced", "svd"), ("hadamard", "orthogonal"), ("orthogonal", "orthogonal")],
+)
+def test_every_form_starts_at_the_matrices_of_the_direct_one(tmp_path: Path, init: str, form: str):
     ready = prepare(tmp_path)
-    direct, svd = (ready.learnable(recipe(init=init, parametrization=form)).plain() for form in ("direct", "svd"))
-    assert direct.keys() == svd.keys()
+    direct, other = (ready.learnable(recipe(init=init, parametrization=kind)).plain() for kind in ("direct", form))
+    assert direct.keys() == other.keys()
     for name, tensor in direct.items():
         if not name.endswith("clip"):
-            torch.testing.assert_close(svd[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+
+
+def test_smoothquant_starts_at_square_roots_of_maxima_and_no_matrix(tmp_path: Path):
+    """α = 0.5: s = (max|x| / max|W|)^½, d = 1/s (arXiv 2211.10438, eq. 4), where a norm or up_proj absorbs it."""
+    ready = prepare(tmp_path)
+    starts = ready.starts(load_recipe("smoothquant"))
+    assert {name for name, start in starts.items() if start.diag is not None} == {"attn_in", "mlp_in", "mlp_out"}
+    assert all(start.left is None and start.right is None for start in starts.values())
+    for name, reader in (
+        ("attn_in", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
+        ("mlp_out", "mlp.down_proj"),
+    ):
+        rows = np.concatenate([array(ready.weights[f"{linear}.weight"]) for linear in reader.split()])
+        expected = np.sqrt(np.abs(rows).max(0) / array(ready.recorded[name].maximum))
+        np.testing.assert_allclose(starts[name].diag, expected, rtol=1e-5)

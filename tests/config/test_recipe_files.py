@@ -43,7 +43,7 @@ def error_of(*arguments, **options):
 def test_the_bundled_recipes_are_the_documented_ones_and_the_default_is_first():
     assert recipe_names()[0] == "flatq"
     assert set(recipe_names()) == {
-        "flatq", "flatquant", "balanced", "hadamard", "rtn", "w4a8kv8", "w4a16", "w8a8",
+        "flatq", "flatquant", "balanced", "hadamard", "rtn", "smoothquant", "spin", "w4a8kv8", "w4a16", "w8a8",
     }  # fmt: skip
 
 
@@ -67,12 +67,26 @@ def test_flatquant_is_the_papers_setting():
     assert (recipe.weights.bits, recipe.activations.bits, recipe.kv_cache.bits) == (4, 4, 4)
 
 
-@pytest.mark.parametrize("name", ["balanced", "hadamard", "rtn", "w8a8"])
+def test_smoothquant_is_a_diagonal_from_maxima_and_no_matrix():
+    recipe = load_recipe("smoothquant")
+    assert (recipe.transform.kind, recipe.transform.diagonal, recipe.transform.smooth_alpha) == ("none", "smooth", 0.5)
+    assert (recipe.weights.rounding, recipe.tune.steps) == ("nearest", 0)
+
+
+def test_spin_learns_orthogonal_matrices_from_hadamards_and_rounds_by_gptq():
+    recipe = load_recipe("spin")
+    transform = recipe.transform
+    assert (transform.parametrization, transform.init, transform.diagonal) == ("orthogonal", "hadamard", "none")
+    assert recipe.calibration.epochs > 0
+    assert (recipe.weights.rounding, recipe.tune.steps) == ("gptq", 0)
+
+
+@pytest.mark.parametrize("name", ["balanced", "hadamard", "rtn", "smoothquant", "w8a8"])
 def test_an_untrained_recipe_trains_nothing(name):
     assert load_recipe(name).calibration.epochs == 0
 
 
-@pytest.mark.parametrize("name", ["hadamard", "rtn"])
+@pytest.mark.parametrize("name", ["hadamard", "rtn", "smoothquant"])
 def test_a_baseline_clips_nothing(name):
     recipe = load_recipe(name)
     assert {recipe.weights.clip, recipe.activations.clip, recipe.kv_cache.clip} == {"none"}
@@ -225,6 +239,17 @@ def test_more_errors_than_the_one_shown_are_counted(tmp_path):
 )
 def test_a_wrong_set_is_reported_as_the_option_it_was(option, message):
     assert error_of("flatq", [option]) == message
+
+
+def test_an_orthogonal_form_takes_no_start_that_is_not_orthogonal_not_even_by_default(tmp_path):
+    wrong = "'balanced' is not orthogonal, as transform.parametrization is: one of identity, orthogonal, hadamard"
+    path = recipe_file(tmp_path, "transform:\n  init: balanced\n  parametrization: orthogonal\n")
+    assert error_of(path).endswith(f"mine.yaml:2: transform.init: {wrong}")
+    path = recipe_file(tmp_path, "transform:\n  parametrization: orthogonal\n")
+    assert error_of(path).endswith(f"mine.yaml:1: transform.init: {wrong}")
+    assert error_of("spin", ["transform.init=balanced"]) == f"--set transform.init: {wrong}"
+    both = ["transform.parametrization=orthogonal", "transform.init=orthogonal"]
+    assert load_recipe("flatq", both).transform.init == "orthogonal"
 
 
 def test_a_set_that_is_not_yaml_is_reported():

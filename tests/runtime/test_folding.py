@@ -11,6 +11,7 @@ from torch import nn
 
 from flatq_cli.calibration.learnable import transforms_from_plain
 from flatq_cli.config.recipe import Recipe
+from flatq_cli.config.recipe_files import load_recipe
 from flatq_cli.models.families import LLAMA, Shapes
 from flatq_cli.models.source import BlockSource, run_block
 from flatq_cli.runtime.folding import fold
@@ -26,6 +27,7 @@ from tests.tiny import (
     tiny_model_dir,
     tiny_recipe,
     tiny_source,
+    tiny_text,
     tiny_tokens,
     without_quantizers,
 )
@@ -43,16 +45,18 @@ MODELS = [
 SITES = {"attn_in", "attn_out", "mlp_in", "mlp_out", "key", "value"}
 
 
-def layouts_of(source: BlockSource) -> dict[str, SiteLayout]:
-    """All six sites of the default recipe, quantizers off."""
-    layouts = without_quantizers(block_layout(Recipe(), source.family, source.shapes))
+def layouts_of(source: BlockSource, recipe: Recipe | None = None) -> dict[str, SiteLayout]:
+    """All six sites of a recipe, the default one where none is given, quantizers off."""
+    layouts = without_quantizers(block_layout(recipe or Recipe(), source.family, source.shapes))
     assert layouts.keys() == SITES
     return layouts
 
 
 @torch.no_grad()
-def folded_logits(source: BlockSource, transforms: list[dict[str, Transform]]) -> torch.Tensor:
-    layouts = layouts_of(source)
+def folded_logits(
+    source: BlockSource, transforms: list[dict[str, Transform]], recipe: Recipe | None = None
+) -> torch.Tensor:
+    layouts = layouts_of(source, recipe)
     make = lambda i: folded_block(source, i, layouts, transforms[i])  # noqa: E731
     return source.assemble(make, attention=ATTENTION)(tiny_tokens()).logits
 
@@ -81,6 +85,28 @@ def test_calibrated_transforms_leave_the_logits_as_they_were(tmp_path: Path, nam
     learned = [transforms_from_plain(tensors, layouts, torch.float64) for tensors in plain]
     assert all(transforms.keys() == SITES for transforms in learned)
     assert relative(folded_logits(source, learned), original) < 1e-5
+
+
+@pytest.mark.parametrize("recipe_name", ["smoothquant", "spin"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_transforms_of_other_methods_leave_the_logits_as_they_were(tmp_path: Path, name: str, recipe_name: str):
+    """A diagonal without matrices, and matrices that train without leaving the orthogonal ones."""
+    small = {"data": tiny_text(tmp_path), "samples": 16, "seqlen": 16, "learning_rate": 0.03}
+    settings = [f"calibration.{key}={value}" for key, value in small.items()]
+    settings += [f"{section}.bits=8" for section in ("weights", "activations", "kv_cache")]  # at 4 all is noise here
+    recipe = load_recipe(recipe_name, settings)
+    run = calibrated_run(tiny_model_dir(tmp_path, name), recipe, tmp_path / "run")
+    source = tiny_source(tmp_path, name)
+    with torch.no_grad():
+        original = source.assemble()(tiny_tokens()).logits
+    layouts, stage = layouts_of(source, recipe), run.stage("calibrate")
+    plain = [stage.load(block_name(i)) for i in range(source.num_blocks)]
+    learned = [transforms_from_plain(tensors, layouts, torch.float64) for tensors in plain]
+    diagonal = {"attn_in", "mlp_in", "mlp_out"}
+    assert all(transforms.keys() == (diagonal if recipe_name == "smoothquant" else SITES) for transforms in learned)
+    moved = [block.metrics["loss_after"] < block.metrics["loss_before"] for block in stage.manifest.items.values()]
+    assert moved == [recipe_name == "spin"] * source.num_blocks
+    assert relative(folded_logits(source, learned, recipe), original) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -83,13 +83,20 @@ def test_it_is_the_fuse_stage_with_packed_codes(tmp_path, family):
         {"weights": {"bits": 3}, "kv_cache": {"bits": 16}},
         {"weights": {"bits": 16}, "activations": {"bits": 16}},
         {"transform": {"kind": "none", "diagonal": "none"}, "weights": {"bits": 2}},
+        {"transform": {"kind": "none", "diagonal": "smooth"}, "weights": {"clip": "none"}},
+        {
+            "transform": {"parametrization": "orthogonal", "init": "hadamard", "diagonal": "none"},
+            "weights": {"rounding": "gptq"},
+            "activations": {"clip": "none"},
+            "calibration": {"epochs": 1},
+        },
     ],
 )
 def test_other_recipes_export_and_verify(tmp_path, sections):
     result = export(fused_run(tmp_path, "qwen3", **sections), "flatq", None, SILENT)
     assert result["verified"]["logits_max_difference"] <= 1e-5
     assert result["verified"]["codes"] == (
-        0 if sections["weights"]["bits"] == 16 and "transform" not in sections else 14
+        0 if sections["weights"].get("bits") == 16 and "transform" not in sections else 14
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flatq_cli.transforms.hadamard import hadamard, random_orthogonal
-from flatq_cli.transforms.parametrize import SvdMatrix, make_matrix
+from flatq_cli.transforms.parametrize import OrthogonalMatrix, SvdMatrix, make_matrix
 
 
 def generator(seed=0):
@@ -32,6 +32,65 @@ def test_a_trainable_matrix_starts_at_its_init_and_knows_its_inverse(kind, name,
     assert matrix.dtype == inverse_transpose.dtype == torch.float32
     torch.testing.assert_close(matrix, init.float(), atol=1e-5 * init.abs().max().item(), rtol=0)
     torch.testing.assert_close(matrix @ inverse_transpose.T, torch.eye(len(init)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [(name, init) for name, init in starts() if torch.allclose(init @ init.T, torch.eye(len(init)).to(init))],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_orthogonal_form_starts_at_its_init_which_is_its_own_inverse_transpose(name, init):
+    matrix, inverse_transpose = OrthogonalMatrix(init).invertible()
+    assert matrix.dtype == torch.float32
+    assert torch.equal(matrix, init.float())
+    assert inverse_transpose is matrix
+
+
+@pytest.mark.parametrize(
+    "init", [torch.full((1, 1), -2.0), 1.001 * torch.eye(3), torch.randn(8, 8, generator=generator(1))]
+)
+def test_the_orthogonal_form_refuses_to_start_elsewhere(init):
+    with pytest.raises(ValueError, match="starts at an orthogonal matrix"):
+        make_matrix("orthogonal", init)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", [hadamard(64), random_orthogonal(64, generator(3)), torch.eye(64)])
+def test_the_orthogonal_form_learns_a_far_rotation_and_stays_orthogonal(init, precision):
+    """In float32, and where the loss runs under bf16 autocast. Two matrices of one determinant can be turned into each
+    other.
+    """
+    target = random_orthogonal(64, generator(1)).float()
+    if torch.linalg.det(init) * torch.linalg.det(target.double()) < 0:
+        target[0] *= -1
+    x = torch.randn(128, 64, generator=generator(2))
+    module = make_matrix("orthogonal", init)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=0)
+    losses = []
+    for _ in range(200):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
+            matrix, inverse_transpose = module.invertible()
+            assert matrix.dtype == torch.float32
+            loss = (x @ matrix).float().sub(x @ target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+    matrix, inverse_transpose = module.invertible()
+    assert (matrix - init.float()).abs().max() > 0.1
+    torch.testing.assert_close(matrix @ inverse_transpose.T, torch.eye(64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(matrix), torch.linalg.det(init).float(), atol=1e-4, rtol=0)
+
+
+def test_the_orthogonal_form_is_a_cayley_map_from_its_start():
+    init, skew = random_orthogonal(7, generator()), torch.randn(7, 7, generator=generator(1)).double()
+    module = make_matrix("orthogonal", init)
+    with torch.no_grad():
+        module.skew.copy_(skew)
+    a, eye = torch.tril(skew, -1) - torch.tril(skew, -1).T, torch.eye(7).double()
+    expected = init @ torch.linalg.inv(eye - a / 2) @ (eye + a / 2)
+    torch.testing.assert_close(module.invertible().matrix, expected.float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["direct", "svd"])
@@ -85,7 +144,7 @@ def test_the_published_start_is_a_product_of_cayley_maps_of_random_orthogonal_tr
     torch.testing.assert_close(start.inverse_transpose, expected.float(), atol=1e-5, rtol=0)  # orthogonal
 
 
-@pytest.mark.parametrize("kind", ["direct", "svd"])
+@pytest.mark.parametrize("kind", ["direct", "svd", "orthogonal"])
 def test_parameters_can_be_replaced_through_functional_call(kind):
     class Faces(torch.nn.Module):
         def __init__(self):
@@ -103,9 +162,11 @@ def test_parameters_can_be_replaced_through_functional_call(kind):
     assert torch.equal(faces().matrix, faces().matrix)
 
 
-@pytest.mark.parametrize("kind", ["direct", "svd"])
+@pytest.mark.parametrize("kind", ["direct", "svd", "orthogonal"])
 def test_autocast_does_not_coarsen_the_matrix(kind):
-    init = torch.randn(8, 8, generator=generator())
+    init = (
+        random_orthogonal(8, generator()).float() if kind == "orthogonal" else torch.randn(8, 8, generator=generator())
+    )
     module = make_matrix(kind, init)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         matrix, inverse_transpose = module.invertible()

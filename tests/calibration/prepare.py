@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatq_cli.calibration.clips import ClipStart, fixed_clips, searched_clips
-from flatq_cli.calibration.fit import FitResult, QuantizedBlock, fit_block
+from flatq_cli.calibration.fit import FitResult, QuantizedBlock, error_measure, evaluate_block, fit_block
 from flatq_cli.calibration.learnable import BlockParameters
 from flatq_cli.calibration.moments import Recorder, recorders
 from flatq_cli.calibration.start import Start, plain_transforms, starting_transforms
@@ -64,6 +64,12 @@ class Prepared:
         source = self.source
         block = attach_sites(source.block(0), source.family, online_sites(self.layouts(recipe)))
         return QuantizedBlock(block, source.family, source.shapes, recipe.weights)
+
+    def error(self, recipe: Recipe, learnable: BlockParameters) -> float:
+        """Relative squared error of the quantized block's output with `learnable` as it is."""
+        measure = error_measure("relative", self.targets)
+        quantized = self.quantized(recipe)
+        return evaluate_block(quantized, learnable, self.hidden, self.targets, self.kwargs, measure, 4, CPU)
 
     def fit(self, recipe: Recipe, learnable: BlockParameters, **changes: Any) -> FitResult:
         """Train `learnable` on this block; `changes` replace its fields."""

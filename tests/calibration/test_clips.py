@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from flatq_cli.calibration.clips import fixed_clips, search_activation_clip, search_weight_clips
-from flatq_cli.calibration.fit import error_measure, evaluate_block
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.runtime.layout import SiteLayout
-from tests.calibration.prepare import CPU, prepare
+from tests.calibration.prepare import prepare
 from tests.reference import array, quantize_rows
 
 TRIED = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.98)
@@ -83,20 +82,10 @@ def test_a_site_takes_the_factor_of_least_output_error(symmetric: bool):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_searched_clips_start_a_block_no_worse_than_fixed_ones(tmp_path: Path, name: str, sections: dict[str, Any]):
     ready, settings = prepare(tmp_path, name), Recipe.model_validate(sections)
-    quantized = ready.quantized(settings)
 
     def error(clip: float | None) -> float:
         learnable = ready.learnable(settings, clip=clip)
-        return evaluate_block(
-            quantized,
-            learnable,
-            ready.hidden,
-            ready.targets,
-            ready.kwargs,
-            error_measure("relative", ready.targets),
-            4,
-            CPU,
-        )
+        return ready.error(settings, learnable)
 
     assert error(None) < 1.02 * error(0.98)
 

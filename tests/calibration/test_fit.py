@@ -6,31 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from flatq_cli.calibration.fit import error_measure, evaluate_block
+from flatq_cli.calibration.fit import error_measure
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.errors import WorkError
 from flatq_cli.models.source import run_block
-from tests.calibration.prepare import CPU, Prepared, prepare
+from tests.calibration.prepare import Prepared, prepare
 from tests.tiny import FAMILIES, FLOAT
 
 
 def recipe(calibration: dict[str, Any] | None = None, **sections: Any) -> Recipe:
     settings = {"samples": 8, "seqlen": 16, "batch": 4, "epochs": 12, **(calibration or {})}
     return Recipe.model_validate({**sections, "calibration": settings})
-
-
-def error_of(ready: Prepared, settings: Recipe, learnable: Any) -> float:
-    quantized = ready.quantized(settings)
-    return evaluate_block(
-        quantized,
-        learnable,
-        ready.hidden,
-        ready.targets,
-        ready.kwargs,
-        error_measure("relative", ready.targets),
-        4,
-        CPU,
-    )
 
 
 # At 4 bits a tiny random block has little to learn and much rounding noise: that training works shows at 8.

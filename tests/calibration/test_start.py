@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from flatq_cli.calibration.fit import error_measure, evaluate_block
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.config.recipe_files import load_recipe
-from tests.calibration.prepare import CPU, Prepared, prepare
+from tests.calibration.prepare import Prepared, prepare
 from tests.reference import array
 
 SITES = {"attn_in", "attn_out", "mlp_in", "mlp_out", "key", "value"}
@@ -23,17 +22,7 @@ def recipe(**transform: Any) -> Recipe:
 def start_error(ready: Prepared, settings: Recipe) -> float:
     """Relative squared error of the block's output before any training; clips fixed, so only transforms differ."""
     learnable = ready.learnable(settings, clip=0.98)
-    quantized = ready.quantized(settings)
-    return evaluate_block(
-        quantized,
-        learnable,
-        ready.hidden,
-        ready.targets,
-        ready.kwargs,
-        error_measure("relative", ready.targets),
-        4,
-        CPU,
-    )
+    return ready.error(settings, learnable)
 
 
 def test_with_outlier_channels_balanced_beats_hadamard_beats_nothing(with_outliers):

@@ -67,6 +67,14 @@ class Device(Protocol):
         ...
 
 
+def aligned(tensor: Tensor, word: int = 16) -> Tensor:
+    """Contiguous, and beginning at a multiple of the `word` bytes that a kernel reads at a time (a view may begin
+    anywhere; what torch allocates begins at a multiple of 16 and more).
+    """
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % word == 0 else tensor.clone()
+
+
 # Limits by architecture, of the chip most people have (CUDA C++ programming guide, "Technical specifications per
 # compute capability"): for plans and reports made without a GPU. Multiprocessors: V100, T4, A100, RTX 3090, RTX 4090,
 # H100 SXM, B200, RTX 5090.

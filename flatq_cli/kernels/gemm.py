@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flatq_cli.kernels.cases import Case, Least
 from flatq_cli.kernels.codes import packed_width, unpack_codes
-from flatq_cli.kernels.device import Device, DeviceLimits, Kernel
+from flatq_cli.kernels.device import Device, DeviceLimits, Kernel, aligned
 from flatq_cli.kernels.gemm_plan import DecodePlan, GemmPlan, PlainPlan, TiledPlan, gemm_plan
 
 # codes, scale, zero point or None: what kron_quant returns.
@@ -93,8 +93,8 @@ def launch_w4_gemm(
     groups = weight_scale.shape[1] if weight_scale.ndim == 2 else 1
     plan = plan or gemm_plan(tokens, out, in_features, activation_bits, groups, device.limits)
     kernel = gemm_kernel(plan, activation_bits, zero is not None, groups > 1, dtype)
-    codes, scale, weight, weight_scale = (_aligned(t) for t in (codes, scale, weight, weight_scale))
-    zero, weight_sum, bias = (None if t is None else _aligned(t) for t in (zero, weight_sum, bias))
+    codes, scale, weight, weight_scale = (aligned(t) for t in (codes, scale, weight, weight_scale))
+    zero, weight_sum, bias = (None if t is None else aligned(t) for t in (zero, weight_sum, bias))
     if isinstance(plan, PlainPlan):
         arguments = [codes, scale, zero, weight, weight_scale, bias, y, tokens, out, in_features, groups]
         device.launch(kernel, (plan.grid, 1, 1), plan.block, 0, arguments)
@@ -125,12 +125,6 @@ def gemm_kernel(plan: GemmPlan, activation_bits: int, has_zero: bool, grouped: b
     tile = (("TILE_TOKENS", plan.tile_tokens), ("TILE_OUT", plan.tile_out), ("WARPS_TOKENS", 2), ("WARPS_OUT", 2))
     ring = (("STAGES", plan.stages), ("BLOCKS", plan.blocks))
     return Kernel("w4_gemm_tiled.cu", "w4_gemm_tiled", (("FORM", plan.form), *common, *tile, *ring))
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Contiguous and beginning at a multiple of 16 bytes, as 16-byte loads need it; new tensors of torch do."""
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 # ---- The ops. ----

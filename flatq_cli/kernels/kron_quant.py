@@ -18,7 +18,7 @@ from torch.nn.functional import pad, silu
 
 from flatq_cli.kernels.cases import Case, Least
 from flatq_cli.kernels.codes import pack_codes, packed_width, quantize_rows
-from flatq_cli.kernels.device import Device, DeviceLimits
+from flatq_cli.kernels.device import Device, DeviceLimits, aligned
 from flatq_cli.kernels.kron_plan import FEW_TOKENS, KronPlan, KronSize, Prologue, kron_plan, plain_plan
 
 GREATEST_FACTOR = 256  # of the kernel; larger factors are refused
@@ -207,9 +207,9 @@ def launch_kron_quant(
         left = matrices.prepared_left if plan.fast else matrices.left
         right = matrices.prepared_right if plan.fast else matrices.right
         gate = None if gate is None else gate.reshape(-1, n)
-        gate, norm_weight, left, right = (None if t is None else _aligned(t) for t in (gate, norm_weight, left, right))
+        gate, norm_weight, left, right = (None if t is None else aligned(t) for t in (gate, norm_weight, left, right))
         arguments = [
-            _aligned(rows), gate, norm_weight, float(norm_eps), left, right, clip.contiguous(),
+            aligned(rows), gate, norm_weight, float(norm_eps), left, right, clip.contiguous(),
             codes, scale, None if symmetric else zero, tokens,
         ]  # fmt: skip
         if not plan.fast:
@@ -229,12 +229,6 @@ def _size(matrices: KronMatrices, dtype: Any, bits: int, symmetric: bool, prolog
 @lru_cache(maxsize=1024)
 def _cached_plan(size: KronSize, limits: DeviceLimits, tokens: int) -> KronPlan:
     return kron_plan(size, limits, tokens)
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Contiguous, and beginning at a multiple of 16 bytes: copies are up to that wide (a view may begin anywhere)."""
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 # ---- The operator. ----

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatq_cli.kernels.cases import Case, Least
 from flatq_cli.kernels.codes import pack_codes, packed_width, quantize_rows, unpack_codes
-from flatq_cli.kernels.device import Argument, Device, DeviceLimits, Kernel
+from flatq_cli.kernels.device import Argument, Device, DeviceLimits, Kernel, aligned
 
 HALF_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 """The 16-bit types' tags in the CUDA sources."""
@@ -190,12 +190,6 @@ def _readable(x: Tensor, aligned: bool) -> bool:
     if strides[3] != 1 or max(strides) >= 2**31:
         return False
     return not aligned or (all(stride % 8 == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0)
-
-
-def aligned(tensor: Tensor, word: int = 16) -> Tensor:
-    """Contiguous, and beginning at a multiple of the `word` bytes that a kernel reads at a time."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % word == 0 else tensor.clone()
 
 
 def launch_kv_dequant(device: Device, codes: Tensor, scale: Tensor, zero: Tensor, head_dim: int, out: Tensor) -> None:

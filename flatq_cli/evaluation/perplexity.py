@@ -91,15 +91,13 @@ def streamed_logits(
         n tensors `[s, vocab]` on `device`. In memory are one block (then the head), the hidden states `[n, s, hidden]`
         on the CPU, and the logits of one window.
     """
-    from flatq_cli.models.source import run_block
+    from flatq_cli.models.source import run_in_batches
 
     hidden = source.embed(windows, dtype)  # on the CPU: long texts of wide models are larger than what a GPU has left
     kwargs = source.block_kwargs(hidden[:1].to(device))
     for index in progress.track(range(source.num_blocks), "perplexity: blocks"):
         block = source.block(index, dtype, device)
-        for row in range(len(hidden)):
-            state = hidden[row : row + 1].to(device)
-            hidden[row : row + 1] = run_block(block, state, kwargs[index]).to("cpu")
+        run_in_batches(block, hidden, kwargs[index], 1, device, into=hidden)
         del block  # before the next one is read
     head = source.head(dtype, device)
     for row in progress.track(range(len(hidden)), "perplexity: head"):

@@ -378,3 +378,27 @@ def run_block(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
     output = block(hidden, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+@torch.no_grad()
+def run_in_batches(
+    block: nn.Module,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    batch: int,
+    device: torch.device | str,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Run a block on many sequences, `batch` of them on `device` at a time.
+
+    Args:
+        hidden: [samples, tokens, hidden], on any device. kwargs: on `device`.
+        into: where the output goes, like `hidden` and perhaps it; None: a new tensor.
+    Returns:
+        [samples, tokens, hidden], where `hidden` is and in its dtype.
+    """
+    output = torch.empty_like(hidden) if into is None else into
+    for first in range(0, hidden.shape[0], batch):
+        rows = slice(first, first + batch)
+        output[rows] = run_block(block, hidden[rows].to(device), kwargs).to(output)
+    return output

@@ -24,7 +24,7 @@ from flatq_cli.data.windows import available_windows, calibration_windows
 from flatq_cli.errors import WorkError
 from flatq_cli.models.families import Shapes, family_of
 from flatq_cli.models.locate import fingerprint, load_tokenizer, locate
-from flatq_cli.models.source import BlockSource, open_source, run_block
+from flatq_cli.models.source import BlockSource, open_source, run_in_batches
 from flatq_cli.runtime.layout import SiteLayout, block_layout
 from flatq_cli.runtime.sites import attach_sites, online_sites
 from flatq_cli.store.progress import Progress
@@ -183,13 +183,7 @@ def _full_precision(
     way.
     """
     block = attach_sites(source.block(index, device=device), source.family, recorded)
-    kwargs = to_device(kwargs, device)
-    targets = torch.empty_like(hidden)
-    batch = recipe.calibration.batch
-    for first in range(0, hidden.shape[0], batch):
-        rows = slice(first, first + batch)
-        targets[rows] = run_block(block, hidden[rows].to(device), kwargs).to(targets)
-    return targets
+    return run_in_batches(block, hidden, to_device(kwargs, device), recipe.calibration.batch, device)
 
 
 def _fit(

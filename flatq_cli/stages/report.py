@@ -24,7 +24,7 @@ from flatq_cli.evaluation.report_html import report_html
 from flatq_cli.evaluation.report_text import report_markdown
 from flatq_cli.models.families import Family
 from flatq_cli.models.locate import locate
-from flatq_cli.models.source import BlockSource, open_source, run_block
+from flatq_cli.models.source import BlockSource, open_source, run_in_batches
 from flatq_cli.runtime.layout import SiteLayout, block_layout
 from flatq_cli.runtime.sites import attach_sites
 from flatq_cli.stages.calibrate import STAGE as CALIBRATE
@@ -204,10 +204,7 @@ def measure_flatness(run: Run, source: BlockSource, tokens: Tensor, device: str,
         parameters = {name: tensor.detach() for name, tensor in block.named_parameters()}
         block = attach_sites(block, source.family, watched)
         arguments = to_device(kwargs[index], where)
-        with torch.no_grad():
-            for first in range(0, len(hidden), recipe.calibration.batch):
-                rows = slice(first, first + recipe.calibration.batch)
-                hidden[rows] = run_block(block, hidden[rows].to(where), arguments).to(hidden)
+        run_in_batches(block, hidden, arguments, recipe.calibration.batch, where, into=hidden)
         curves = any(row["block"] == index for row in shown)
         sites = measure_block(parameters, watched, calibrated, source.family, source.shapes, recipe.weights, curves)
         found.append({"block": index, "sites": sites})

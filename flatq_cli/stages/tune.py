@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flatq_cli.calibration.tune import FreeNumbers, RunningBlock, Tuner, TuneSettings
 from flatq_cli.config.recipe import Recipe
-from flatq_cli.models.source import BlockSource, run_block
+from flatq_cli.models.source import BlockSource, run_in_batches
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.runtime.sites import attach_sites, online_sites
 from flatq_cli.stages.calibrate import block_name, calibration_tokens, to_device
@@ -127,7 +127,6 @@ def batch_rows(step: int, samples: int, batch: int) -> slice:
     return slice(first, min(first + batch, samples))
 
 
-@torch.no_grad()
 def _full_precision_output(
     source: BlockSource,
     hidden: Tensor,
@@ -139,10 +138,7 @@ def _full_precision_output(
     """What the last full-precision block puts out, [samples, tokens, hidden]; one block in memory at a time."""
     output = hidden.clone()
     for index in progress.track(range(source.num_blocks), "full precision"):
-        block = source.block(index, device=device)
-        for first in range(0, len(output), batch):
-            rows = slice(first, first + batch)
-            output[rows] = run_block(block, output[rows].to(device), kwargs[index]).to(output)
+        run_in_batches(source.block(index, device=device), output, kwargs[index], batch, device, into=output)
     return output
 
 

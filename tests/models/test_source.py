@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flatq_cli.errors import UsageError
 from flatq_cli.models.locate import locate
-from flatq_cli.models.source import BlockSource, open_source, run_block
+from flatq_cli.models.source import BlockSource, open_source, run_block, run_in_batches
 
 
 def tokens(vocabulary: int, batch: int = 2, length: int = 19) -> torch.Tensor:
@@ -249,3 +249,16 @@ def test_smollm2_from_gguf_streams_to_the_logits_transformers_gives(smollm2_gguf
     assert source.checkpoint.names() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(source.checkpoint.read(name), tensor), name
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batches_of_any_size_give_the_whole_and_may_replace_their_input(make_dir, config_of, batch):
+    source = open_source(locate(str(make_dir(config_of("llama")))))
+    hidden = source.embed(tokens(48, batch=3))
+    block, kwargs = source.block(0), source.block_kwargs(hidden[:1])[0]
+    whole = run_block(block, hidden, kwargs)
+    before = hidden.clone()
+    torch.testing.assert_close(run_in_batches(block, hidden, kwargs, batch, "cpu"), whole)
+    assert torch.equal(hidden, before)
+    assert run_in_batches(block, hidden, kwargs, batch, "cpu", into=hidden) is hidden
+    torch.testing.assert_close(hidden, whole)

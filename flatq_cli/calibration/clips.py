@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flatq_cli.calibration.moments import Recorder, output_moment_by_head, weight_moment
+from flatq_cli.calibration.precision import fast_matmuls
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.quantization.quantizers import fake_quantize, fake_quantize_grouped
@@ -49,7 +50,7 @@ def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Ten
         clip = factors[..., None].expand(out, groups, 2)
         residual = weight - fake_quantize_grouped(weight, spec.bits, spec.group, spec.symmetric, clip)
         # Groups of a row are chosen apart from each other, so what is between them is left out.
-        weighted = residual @ moment if groups == 1 else residual * moment.diagonal()
+        weighted = _product(residual, moment) if groups == 1 else residual * moment.diagonal()
         return (weighted * residual).view(out, groups, -1).sum(-1)
 
     return _least(error, weight.new_empty(out, groups))[..., None].expand(out, groups, 2).contiguous()
@@ -66,9 +67,15 @@ def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Te
 
     def error(factor: Tensor) -> Tensor:
         residual = rows - fake_quantize(rows, layout.bits, layout.symmetric, factor.expand(2))
-        return ((residual @ gram) * residual).sum().view(1)
+        return (_product(residual, gram) * residual).sum().view(1)
 
     return _least(error, rows.new_empty(1)).expand(2).contiguous()
+
+
+def _product(residual: Tensor, matrix: Tensor) -> Tensor:
+    """In bf16 where that is faster: errors of neighbouring factors differ by more than it rounds."""
+    with fast_matmuls(residual.device):
+        return residual @ matrix
 
 
 def _least(error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

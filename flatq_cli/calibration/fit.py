@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flatq_cli.calibration.learnable import BlockParameters
+from flatq_cli.calibration.precision import fast_matmuls
 from flatq_cli.config.recipe import CalibrationSpec, WeightSpec
 from flatq_cli.errors import WorkError
 from flatq_cli.models.families import Family, Shapes
@@ -160,7 +161,7 @@ def evaluate_block(
     total = 0.0
     for first in range(0, inputs.shape[0], batch):
         target = targets[first : first + batch].to(device).float()
-        with _autocast(device):
+        with fast_matmuls(device):
             output = block.run(tensors, inputs[first : first + batch].to(device), kwargs)
         total += float(measure(output.float(), target)) * target.shape[0]
     return total / inputs.shape[0]

@@ -38,8 +38,10 @@ class Recorder(nn.Module):
         if self._sum is None or self._maximum is None:
             self._sum = torch.zeros(self.width, self.width, dtype=torch.float64, device=x.device)
             self._maximum = torch.zeros(self.width, device=x.device)
-        # A batch's product in float32, the sum over batches in float64.
-        self._sum += rows.T @ rows
+        # A batch's product in float32, also where the forward pass around it is in bf16; the sum over batches in
+        # float64.
+        with torch.autocast(x.device.type, enabled=False):
+            self._sum += rows.T @ rows
         self._maximum = torch.maximum(self._maximum, rows.abs().amax(0))
         # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
         self._samples.append(rows[:: (rows.shape[0] // SAMPLE_ROWS) | 1].clone())
@@ -72,9 +74,15 @@ def recorders(family: Family, shapes: Shapes, names: Iterable[str]) -> dict[str,
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:
-    """Σ WᵀW over linears that read one input, float64 [in, in]."""
-    stacked = torch.cat([w.detach().double() for w in weights])
-    return stacked.T @ stacked
+    """Σ WᵀW over linears that read one input, float64 [in, in]; products in the weights' own precision, float32 at
+    least.
+    """
+    total: Tensor | float = 0.0
+    for weight in weights:
+        rows = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+        total = total + (rows.T @ rows).double()
+    assert isinstance(total, Tensor)  # a site has a reader
+    return total
 
 
 def output_moment_by_head(weight: Tensor, head_dim: int) -> Tensor:

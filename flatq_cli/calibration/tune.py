@@ -5,8 +5,9 @@ need to be the inverse of what was folded into the weights), the clips of activa
 weights and the scale of each row of a weight. All of them together learn, end to end, to give the full-precision
 model's next-token distribution; what is written afterwards has the same names, shapes and dtypes as before.
 
-The model never is in memory as a whole: a step runs the blocks one after the other and keeps only their inputs, then
-goes back through them, each run again with gradients (activation checkpointing by hand).
+The model need not be in memory as a whole: a step runs the blocks one after the other and keeps only their inputs,
+then goes back through them, each run again with gradients (activation checkpointing by hand). As many of the last
+blocks as memory allows keep what they need for that, and are not run twice.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
-from flatq_cli.calibration.precision import fast_matmuls
+from flatq_cli.calibration.divergence import head_gradient
+from flatq_cli.calibration.precision import fast_matmuls, matmul_dtype
 from flatq_cli.errors import WorkError
 from flatq_cli.models.families import Family
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
@@ -122,9 +123,11 @@ def _value(kind: str, start: Tensor, learned: Tensor) -> Tensor:
 class RunningBlock:
     """A fused block that runs with `FreeNumbers`.
 
+    Its matmuls are in bf16 where that is faster, and so are its weights.
+
     Args:
-        block: the stock block with its sites attached, float32.
-        fused: its fused tensors, as for `FreeNumbers`.
+        block: the stock block with its sites attached; its own parameters are never read and may be on `meta`.
+        fused: its fused tensors, as for `FreeNumbers`, all of them, on the device that works.
     """
 
     def __init__(self, block: nn.Module, fused: Mapping[str, Tensor], family: Family) -> None:
@@ -132,17 +135,20 @@ class RunningBlock:
         self.fixed = {name: t.float() for name, t in fused.items() if not name.endswith((CODES, SCALE, ZERO))}
         for linear in family.linears:
             module: Any = block.get_submodule(linear)
+            weight = f"{linear}.weight"
             parts = {part: fused[f"{linear}.{part}"] for part in (CODES, SCALE, ZERO) if f"{linear}.{part}" in fused}
             if CODES in parts:
-                self.fixed[f"{linear}.weight"] = dequantize_weight(parts)
+                self.fixed[weight] = dequantize_weight(parts)
                 module.register_buffer(ROW_SCALE, torch.ones(module.out_features, device=parts[SCALE].device))
                 module.register_forward_hook(_scale_rows)
+            self.fixed[weight] = self.fixed[weight].to(matmul_dtype(self.fixed[weight].device))
 
     def run(self, tensors: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The block's output [batch, tokens, hidden]."""
-        output = functional_call(self.block, {**self.fixed, **tensors}, (hidden,), dict(kwargs))
+        """The block's output, float32 [batch, tokens, hidden]."""
+        with fast_matmuls(hidden.device):
+            output = functional_call(self.block, {**self.fixed, **tensors}, (hidden,), dict(kwargs))
         result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return result.float()
 
 
 def _scale_rows(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -151,16 +157,22 @@ def _scale_rows(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor
     return scaled if module.bias is None else scaled + module.bias * (1 - module.row_scale)
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher ‖ student) of the next-token distributions; logits [..., vocabulary]."""
-    size = teacher.shape[-1]
-    result: Tensor = functional.kl_div(
-        student.float().log_softmax(-1).view(-1, size),
-        teacher.float().log_softmax(-1).view(-1, size),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return result
+def graph_bytes(block: RunningBlock, numbers: FreeNumbers, hidden: Tensor, kwargs: Mapping[str, Any]) -> int:
+    """What a block keeps for its backward pass on `hidden` [batch, tokens, hidden], its own weights not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in block.fixed.values()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # Held until the count is done: a freed tensor's place may be given to the next.
+        output = block.run(numbers.tensors(), hidden.detach().requires_grad_(), kwargs)
+    del output
+    return sum(found.values())
 
 
 class Tuner:
@@ -168,10 +180,11 @@ class Tuner:
 
     Args:
         free: one for each block, trained in place.
+        kept: so many blocks keep their graph between the two passes; results do not depend on it.
     """
 
-    def __init__(self, free: Sequence[FreeNumbers], settings: TuneSettings) -> None:
-        self.free, self.settings, self.steps_done = free, settings, 0
+    def __init__(self, free: Sequence[FreeNumbers], settings: TuneSettings, kept: int = 0) -> None:
+        self.free, self.settings, self.steps_done, self.kept = free, settings, 0, kept
         pairs = [numbers.rates() for numbers in free]
         groups: list[dict[str, Any]] = [
             {"params": [p for others, _ in pairs for p in others], "lr": settings.learning_rate},
@@ -179,7 +192,7 @@ class Tuner:
         ]
         groups = [group for group in groups if group["params"]]
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.bases = [float(group["lr"]) for group in groups]
 
     def step(
@@ -204,7 +217,7 @@ class Tuner:
         factor = _rate(self.steps_done, self.settings)
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             group["lr"] = base * factor
-        loss = _gradients(self.free, blocks, head, hidden, target, kwargs)
+        loss = _gradients(self.free, blocks, head, hidden, target, kwargs, self.kept)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_norm)
         if not (math.isfinite(loss) and torch.isfinite(norm)):
             raise WorkError(
@@ -252,38 +265,27 @@ def _gradients(
     hidden: Tensor,
     target: Tensor,
     kwargs: Sequence[Mapping[str, Any]],
+    kept: int = 0,
 ) -> float:
     """Accumulate the gradient of the divergence into `free`; returns the divergence."""
-    device = hidden.device
-    inputs: list[Tensor] = []
-    with torch.no_grad(), fast_matmuls(device):
-        for i, numbers in enumerate(free):
-            inputs.append(hidden)
-            hidden = blocks(i).run(numbers.tensors(), hidden, kwargs[i]).float()
-    loss, gradient = _head_gradient(head, hidden, target)
+
+    def run(index: int, entry: Tensor) -> Tensor:
+        return blocks(index).run(free[index].tensors(), entry, kwargs[index])
+
+    passed: list[tuple[Tensor, Tensor | None]] = []
+    for i in range(len(free)):
+        entry = hidden.detach()
+        keep = i >= len(free) - kept
+        with torch.set_grad_enabled(keep):
+            hidden = run(i, entry.requires_grad_(keep))
+        passed.append((entry, hidden if keep else None))
+    loss, gradient = head_gradient(head, hidden, target)
     for i in reversed(range(len(free))):
-        entry = inputs.pop().detach().requires_grad_()
-        with torch.enable_grad(), fast_matmuls(device):
-            output = blocks(i).run(free[i].tensors(), entry, kwargs[i]).float()
+        entry, output = passed.pop()
+        if output is None:
+            with torch.enable_grad():
+                output = run(i, entry.requires_grad_())
         output.backward(gradient)  # type: ignore[no-untyped-call]
         assert entry.grad is not None
         gradient = entry.grad
     return loss
-
-
-def _head_gradient(head: nn.Module, hidden: Tensor, target: Tensor) -> tuple[float, Tensor]:
-    """The divergence and its gradient in `hidden`, a sample at a time: logits of one sample are in memory at once."""
-    total, gradients = 0.0, []
-    for sample, goal in zip(torch.split(hidden, 1), torch.split(target, 1), strict=True):
-        sample = sample.detach().requires_grad_()
-        with fast_matmuls(hidden.device):
-            with torch.no_grad():
-                teacher = head(goal)
-            with torch.enable_grad():
-                student = head(sample)
-        loss = divergence(student, teacher) / len(hidden)
-        loss.backward()  # type: ignore[no-untyped-call]
-        assert sample.grad is not None
-        gradients.append(sample.grad)
-        total += float(loss.detach())
-    return total, torch.cat(gradients)

@@ -307,14 +307,25 @@ def load_config(location: ModelLocation, trust_remote_code: bool = False) -> Pre
         UsageError: if transformers cannot read it.
     """
     if location.kind == "gguf" and location.path.is_file():
-        return copy.deepcopy(_read_gguf_config(location, location.path.stat().st_mtime_ns))
+        return copy.deepcopy(_gguf_config(*_gguf_key(location)))
     return _read_config(location, trust_remote_code)
 
 
+def _gguf_key(location: ModelLocation) -> tuple[ModelLocation, int]:
+    """A GGUF file by its path and the time of its last change. transformers takes seconds for its header, so what is
+    in there is kept for as long as the file stays as it is, whatever name it was asked for by.
+    """
+    return ModelLocation("", "", location.path, "gguf"), location.path.stat().st_mtime_ns
+
+
 @functools.lru_cache(maxsize=4)
-def _read_gguf_config(location: ModelLocation, modified: int) -> PreTrainedConfig:
-    """Kept for as long as the file is not `modified`: transformers takes seconds for the header of a GGUF."""
+def _gguf_config(location: ModelLocation, modified: int) -> PreTrainedConfig:
     return _read_config(location, trust_remote_code=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _gguf_tokenizer(location: ModelLocation, modified: int) -> PreTrainedTokenizerBase:
+    return _read_tokenizer(location, trust_remote_code=False)
 
 
 def _read_config(location: ModelLocation, trust_remote_code: bool) -> PreTrainedConfig:
@@ -331,11 +342,17 @@ def _read_config(location: ModelLocation, trust_remote_code: bool) -> PreTrained
 
 
 def load_tokenizer(location: ModelLocation, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer; the caller's own copy.
 
     Raises:
         UsageError: if transformers cannot read it.
     """
+    if location.kind == "gguf" and location.path.is_file():
+        return copy.deepcopy(_gguf_tokenizer(*_gguf_key(location)))
+    return _read_tokenizer(location, trust_remote_code)
+
+
+def _read_tokenizer(location: ModelLocation, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

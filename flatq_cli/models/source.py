@@ -175,6 +175,15 @@ class BlockSource:
         self._load(block, path, dtype, device)
         return block
 
+    def empty_block(self, i: int, device: torch.device | str = "cpu", attention: str | None = None) -> nn.Module:
+        """Block i without its weights: parameters on the meta device, for a caller who brings all of them."""
+        path = f"{self.family.layers}.{self._checked(i)}"
+        block: nn.Module = self._copy(self._part(path), attention or self.attention)
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        return block
+
     def _prepared(self, block: nn.Module) -> nn.Module:
         """What a source adds to a stock block before its weights are read."""
         return block
@@ -201,15 +210,25 @@ class BlockSource:
         Returns:
             [b, s, hidden] in `dtype` on `device`.
         """
+        return self.embedder(dtype, device)(input_ids)
+
+    def embedder(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Callable[[Tensor], Tensor]:
+        """`embed` for several texts: keeps the embedding."""
         recorder = _Recorder(self._part(f"{self.family.layers}.0"))
         decoder = self._decoder([recorder], "sdpa", embedding=self.read_embedding(dtype, device)).to(device)
-        hidden = torch.empty(*input_ids.shape, self.shapes.hidden, dtype=dtype, device=device)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def embed(input_ids: Tensor) -> Tensor:
+            hidden = torch.empty(*input_ids.shape, self.shapes.hidden, dtype=dtype, device=device)
             # Row by row: the forward builds masks for its whole batch, and nobody looks at them here.
             for row, ids in enumerate(input_ids.to(device).chunk(len(input_ids))):
                 decoder(input_ids=ids, use_cache=False)
                 hidden[row] = recorder.hidden[0]
-        return hidden
+            return hidden
+
+        return embed
 
     def head(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """Final norm and head as one module: output [b, s, hidden] of the last block → logits [b, s, vocabulary]."""

@@ -17,6 +17,7 @@ from flatq_cli.calibration.clips import ClipStart, fixed_clips, searched_clips
 from flatq_cli.calibration.fit import FitResult, QuantizedBlock, fit_block
 from flatq_cli.calibration.learnable import BlockParameters
 from flatq_cli.calibration.moments import Recorder, recorders
+from flatq_cli.calibration.precision import fast_matmuls, with_fast_linears
 from flatq_cli.calibration.start import Start, plain_transforms, starting_transforms
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.data.texts import load_text
@@ -183,7 +184,10 @@ def _full_precision(
     way.
     """
     block = attach_sites(source.block(index, device=device), source.family, recorded)
-    return run_in_batches(block, hidden, to_device(kwargs, device), recipe.calibration.batch, device)
+    with fast_matmuls(device):
+        return run_in_batches(
+            with_fast_linears(block, device), hidden, to_device(kwargs, device), recipe.calibration.batch, device
+        )
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
     RUN/fuse/tune/tuning.safetensors    while it runs: what is learned so far, with the optimizer's moments
     RUN/fuse/tune/tuned.safetensors     the tuned tensors by full name
+    RUN/fuse/tune/curve.safetensors     `divergence`, float64 [steps], of the step's text before the step
 
 A killed tuning goes on from `tuning`; once `tuned` is there, each shard is rewritten with its tensors. Doing that again
 changes nothing, so it may be cut off anywhere.
@@ -17,7 +18,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from flatq_cli.calibration.tune import FreeNumbers, RunningBlock, Tuner, TuneSettings
+from flatq_cli.calibration.precision import fast_matmuls, matmul_dtype, with_fast_linears
+from flatq_cli.calibration.tune import FreeNumbers, RunningBlock, Tuner, TuneSettings, graph_bytes
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.source import BlockSource, run_in_batches
 from flatq_cli.runtime.layout import SiteLayout
@@ -30,11 +32,13 @@ from flatq_cli.store.run import Run
 from flatq_cli.store.stage import Stage
 
 STAGE = "fuse/tune"
-TUNING, TUNED = "tuning", "tuned"
+TUNING, TUNED, CURVE = "tuning", "tuned", "curve"
 CHECKPOINT_SECONDS = 300.0
 """At most so much work is lost by a kill."""
 KEEP_SHARE = 0.3
-"""Blocks stay dequantized in memory where they take at most this share of what is free."""
+"""Blocks stay dequantized in memory where they take at most this share of what is free; what blocks keep for their
+backward pass may take as much of what is free then.
+"""
 
 
 def tune(
@@ -73,6 +77,7 @@ def tune(
         tenth = max(1, len(losses) // 10)
         first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
         metrics: Metrics = {"divergence_before": first, "divergence_after": last}
+        stage.save(CURVE, f"{CURVE}.safetensors", {"divergence": torch.tensor(losses, dtype=torch.float64)})
         stage.save(TUNED, f"{TUNED}.safetensors", tensors, metrics, time.monotonic() - started)
     _write_into_shards(fuse, stage, source)
     stage.drop(TUNING)
@@ -92,21 +97,21 @@ def _learn(
 ) -> list[float]:
     """Train `free` in place; the divergence of every step."""
     recipe = run.config.recipe
-    tuner = Tuner(free, settings_of(recipe))
+    tokens = calibration_tokens(run, source, recipe.tune.steps * recipe.calibration.batch)
+    embed = source.embedder(device=device)
+    kwargs = [to_device(each, device) for each in source.block_kwargs(embed(tokens[:1]))]
+    targets = _full_precision_output(source, source.embed(tokens), kwargs, recipe.calibration.batch, device, progress)
+    head = with_fast_linears(source.head(device=device), device)
+    tuner = Tuner(free, settings_of(recipe), _graphs_that_fit(blocks, free, embed, tokens, kwargs, recipe, device))
     losses: list[float] = []
     if stage.complete(TUNING):
         state = stage.load(TUNING)
         losses = state.pop("losses").tolist()
         tuner.resume(state)
-    tokens = calibration_tokens(run, source, recipe.tune.steps * recipe.calibration.batch)
-    hidden = source.embed(tokens)
-    kwargs = [to_device(each, device) for each in source.block_kwargs(hidden[:1])]
-    targets = _full_precision_output(source, hidden, kwargs, recipe.calibration.batch, device, progress)
-    head = source.head(device=device)
     saved = time.monotonic()
     for _ in progress.track(range(tuner.steps_done, recipe.tune.steps), "tune"):
-        rows = batch_rows(tuner.steps_done, len(hidden), recipe.calibration.batch)
-        losses.append(tuner.step(blocks, head, hidden[rows].to(device), targets[rows].to(device), kwargs))
+        rows = batch_rows(tuner.steps_done, len(tokens), recipe.calibration.batch)
+        losses.append(tuner.step(blocks, head, embed(tokens[rows]), targets[rows].to(device), kwargs))
         progress.note(f"divergence {losses[-1]:.4f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             state = {name: tensor.cpu() for name, tensor in tuner.state().items()}
@@ -135,11 +140,14 @@ def _full_precision_output(
     device: torch.device,
     progress: Progress,
 ) -> Tensor:
-    """What the last full-precision block puts out, [samples, tokens, hidden]; one block in memory at a time."""
-    output = hidden.clone()
+    """What the last full-precision block puts out, [samples, tokens, hidden], in the place of `hidden`; one block in
+    memory at a time.
+    """
     for index in progress.track(range(source.num_blocks), "full precision"):
-        run_in_batches(source.block(index, device=device), output, kwargs[index], batch, device, into=output)
-    return output
+        block = with_fast_linears(source.block(index, device=device), device)
+        with fast_matmuls(device):
+            run_in_batches(block, hidden, kwargs[index], batch, device, into=hidden)
+    return hidden
 
 
 def _running_blocks(
@@ -148,16 +156,37 @@ def _running_blocks(
     """Block i, ready to run: all kept where memory allows, else each read and dequantized when it is asked for."""
 
     def make(index: int) -> RunningBlock:
-        block = attach_sites(source.block(index, device=device), source.family, online_sites(layouts)).to(device)
+        sites = {name: site.to(device) for name, site in online_sites(layouts).items()}
+        block = attach_sites(source.empty_block(index, device), source.family, sites)
         return RunningBlock(block, _own_tensors(fuse, source, index, device), source.family)
 
     weights = sum(rows * columns for rows, columns in source.shapes.linears(source.family).values())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    # Twice: the block's own weights, and the dequantized ones it runs with.
-    if 2 * 4 * weights * source.num_blocks > KEEP_SHARE * free:
+    if matmul_dtype(device).itemsize * weights * source.num_blocks > KEEP_SHARE * _free_memory(device):
         return make
     kept = [make(index) for index in range(source.num_blocks)]
     return kept.__getitem__
+
+
+def _graphs_that_fit(
+    blocks: Callable[[int], RunningBlock],
+    free: list[FreeNumbers],
+    embed: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    kwargs: list[dict[str, Any]],
+    recipe: Recipe,
+    device: torch.device,
+) -> int:
+    """How many blocks may keep their graph: as many as a share of what memory is free holds."""
+    hidden = embed(tokens[batch_rows(0, len(tokens), recipe.calibration.batch)])
+    size = graph_bytes(blocks(0), free[0], hidden, kwargs[0])
+    return min(len(free), int(KEEP_SHARE * _free_memory(device)) // max(1, size))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _own_tensors(fuse: Stage, source: BlockSource, index: int, device: torch.device) -> dict[str, Tensor]:

@@ -119,6 +119,6 @@ def test_weight_moments_are_sums_over_rows():
     torch.manual_seed(0)
     first, second = torch.randn(3, 6), torch.randn(2, 6)
     expected = sum(np.outer(row, row) for row in (*array(first), *array(second)))
-    np.testing.assert_allclose(weight_moment([first, second]), expected, rtol=1e-9)
+    np.testing.assert_allclose(weight_moment([first, second]), expected, rtol=1e-5)
     by_head = sum(np.outer(head, head) for row in array(first) for head in row.reshape(3, 2))
-    np.testing.assert_allclose(output_moment_by_head(first, 2), by_head, rtol=1e-9)
+    np.testing.assert_allclose(output_moment_by_head(first, 2), by_head, rtol=1e-5)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from flatq_cli.calibration import tune
-from flatq_cli.calibration.tune import FreeNumbers, RunningBlock, Tuner, TuneSettings, divergence
+from flatq_cli.calibration.tune import FreeNumbers, RunningBlock, Tuner, TuneSettings, graph_bytes
 from flatq_cli.errors import WorkError
 from flatq_cli.models.source import BlockSource, run_block
 from flatq_cli.runtime.fused import open_fused
@@ -103,9 +101,8 @@ def test_tuned_rows_and_matrices_run_as_they_will_be_stored(tmp_path: Path, name
     assert (running - stored).abs().mean() < 2e-3 * stored.abs().mean()
 
 
-def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path):
     ready = stack(tmp_path, **STEADY)
-    monkeypatch.setattr(tune, "fast_matmuls", lambda device: contextlib.nullcontext())
     loss = tune._gradients(ready.free, *ready.step)
     found = [parameter.grad.clone() for free in ready.free for parameter in free.parameters()]
     hidden = ready.hidden
@@ -121,14 +118,30 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, monkeypa
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-7)
 
 
-def test_divergence_is_kullback_leiblers_mean_over_tokens():
-    g = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 3, 7, generator=g), torch.randn(2, 3, 7, generator=g)
-    p, q = functional.softmax(teacher, -1), functional.softmax(student, -1)
-    torch.testing.assert_close(divergence(student, teacher), (p * (p / q).log()).sum(-1).mean())
+@pytest.mark.parametrize("kept", [1, 2, 99])
+def test_gradients_do_not_depend_on_how_many_graphs_are_kept(tmp_path: Path, kept: int):
+    ready = stack(tmp_path)
+    tune._gradients(ready.free, *ready.step)
+    expected = [parameter.grad.clone() for free in ready.free for parameter in free.parameters()]
+    for free in ready.free:
+        free.zero_grad()
+    tune._gradients(ready.free, *ready.step, kept)
+    for gradient, parameter in zip(expected, (p for free in ready.free for p in free.parameters()), strict=True):
+        assert torch.equal(gradient, parameter.grad)
 
 
-def test_tuning_lowers_the_divergence(tmp_path: Path):
+def test_a_graph_is_larger_than_a_blocks_input_and_grows_with_the_batch(tmp_path: Path):
+    ready = stack(tmp_path)
+    one, four = (
+        graph_bytes(ready.blocks[0], ready.free[0], ready.hidden[:n], ready.kwargs[0]) for n in (1, len(ready.hidden))
+    )
+    assert ready.hidden.nbytes < one
+    assert 2 * one < four
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tuning_lowers_the_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": bf16})
     ready = stack(tmp_path)
     tuner = Tuner(ready.free, SETTINGS)
     losses = [tuner.step(*ready.step) for _ in range(SETTINGS.steps)]

@@ -11,6 +11,7 @@ from flatq_cli.store.run import Run
 
 Row = dict[str, Any]
 _PREFERRED_FORMAT = "flatq"
+_MADE_BY = ("calibrate", "fuse", "fuse/tune")
 
 
 def compare(paths: list[Path]) -> list[Row]:
@@ -22,8 +23,8 @@ def compare(paths: list[Path]) -> list[Row]:
         For each path, in order, a flat dict: `name`; `kind` and `recipe` as in the schema; `perplexity.TEXT` and
         `TASK.METRIC` for each figure, the newest file's where several of a run have the same; `bytes` of the export's
         safetensors (of a float model that one of the runs was made from: its size in 16 bits); `compression` of that
-        against the float model in 16 bits; `seconds` of calibrate and fuse. What is unknown is None; a figure that was
-        not measured has no key.
+        against the float model in 16 bits; `seconds` of calibrate and fuse; `memory_bytes`, the resident memory that
+        calibrate, fuse or tuning took at most. What is unknown is None; a figure that was not measured has no key.
     Raises:
         UsageError: a path that is neither, or a file that is broken.
     """
@@ -37,7 +38,8 @@ def _file_row(path: Path, float_bytes: dict[str, float | None]) -> Row:
     result = _read(path)
     size = float_bytes.get(result["target"]) if result["kind"] == "float" else None
     compression = 1.0 if size else None
-    return {"name": path.stem, **_figures([result]), "bytes": size, "compression": compression, "seconds": None}
+    unknown = {"seconds": None, "memory_bytes": None}
+    return {"name": path.stem, **_figures([result]), "bytes": size, "compression": compression, **unknown}
 
 
 def _run_row(path: Path) -> Row:
@@ -45,12 +47,14 @@ def _run_row(path: Path) -> Row:
     results = sorted(path.glob("eval/*.json"), key=lambda file: file.stat().st_mtime)
     size, float_bytes = _export_sizes(run)
     seconds = sum(run.stage(name).manifest.seconds for name in ("calibrate", "fuse"))
+    peaks = [run.stage(name).manifest.peak_memory_bytes for name in _MADE_BY]
     return {
         "name": path.name,
         **_figures([_read(file) for file in results]),
         "bytes": size,
         "compression": float_bytes / size if size and float_bytes else None,
         "seconds": seconds or None,
+        "memory_bytes": max((peak for peak in peaks if peak is not None), default=None),
     }
 
 

@@ -7,6 +7,8 @@ channels' maxima is low and level for the activation *and* for what is multiplie
 keys the queries.
 
 What a site lets through is watched while the full-precision block runs; the rest follows from the block's weights.
+Of a tuned run the block that tuning left is watched too, on the same input: tuning moves norms, scales and matrices, so
+what comes to its sites is no longer the full-precision activation times one matrix.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from flatq_cli.config.recipe import WeightSpec
 from flatq_cli.models.families import Family, InputSite, Shapes
 from flatq_cli.quantization.quantizers import fake_quantize, fake_quantize_grouped
 from flatq_cli.runtime.folding import fold, input_transform
-from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
-from flatq_cli.transforms.kronecker import Transform
+from flatq_cli.runtime.layout import ATTN_OUT, KEY, QUERY, VALUE, SiteLayout
+from flatq_cli.transforms.kronecker import Transform, kronecker_matmul
 
 POINTS = 192
 """Numbers that a curve of channels is reduced to; more than a small picture can show."""
@@ -76,6 +78,13 @@ class Calibrated(NamedTuple):
     weight_clips: Mapping[str, Tensor]
 
 
+class Tuned(NamedTuple):
+    """A tuned block, and the watches in front of its sites. The block's weights are what its codes stand for."""
+
+    block: nn.Module
+    watched: Mapping[str, Watch]
+
+
 class _Errors(NamedTuple):
     """What rounding one side alone adds; None for a side that is not rounded."""
 
@@ -98,6 +107,21 @@ def watches(family: Family, shapes: Shapes, calibrated: Calibrated) -> dict[str,
     return found
 
 
+def watch_tuned(block: nn.Module, family: Family, shapes: Shapes) -> Tuned:
+    """Put a watch in front of each site of a fused block, in place: it sees what the site rounds."""
+    linears = shapes.linears(family)
+    widths = {site.name: linears[site.readers[0]][1] for site in family.sites}
+    sites: Any = block.get_submodule("sites")
+    if KEY in sites and QUERY not in sites:
+        sites[QUERY] = nn.Identity()  # what the keys meet
+    watched = {}
+    for name, site in sites.items():
+        watch = Watch(widths.get(name, shapes.head_dim), _online_map(site))
+        site.register_forward_pre_hook(_looking(watch))
+        watched[name] = watch
+    return Tuned(block, watched)
+
+
 @torch.no_grad()
 def measure_block(
     parameters: Mapping[str, Tensor],
@@ -107,6 +131,7 @@ def measure_block(
     shapes: Shapes,
     spec: WeightSpec,
     curves: bool,
+    tuned: Tuned | None = None,
 ) -> list[dict[str, Any]]:
     """What the sites of a block show, after it has run with `watched` attached.
 
@@ -114,10 +139,12 @@ def measure_block(
         parameters: the block's own, float32, on the device of the watches.
         watched: what `watches` gave.
         curves: whether the channels are wanted, or only what sums them up.
+        tuned: what `watch_tuned` gave for the block as tuning left it, after that has run too.
     Returns:
         For each site `{"site", "width", "activation": SIDE, "partner": SIDE}`, where the partner is what the activation
-        is multiplied with, and a side is `{"name", "before", "after"}` the transform, each as `summarize` gives it. Its
-        `error` is what rounding this side alone adds to the product.
+        is multiplied with, and a side is `{"name", "before", "after", "tuned"}`: before and after the transform, and in
+        the tuned block, each as `summarize` gives it. Its `error` is what rounding this side alone adds to the product.
+        `tuned` is None for the partner, and without a tuned block.
     """
     folded = fold(parameters, calibrated.transforms, family, shapes)
     reports = [_linear_site(site, parameters, folded, watched, calibrated, spec, curves) for site in family.sites]
@@ -130,6 +157,11 @@ def measure_block(
         rows = (readers, _other_face(calibrated.transforms.get(VALUE))(readers))
         maxima = (_channel_maxima([rows[0]]), _channel_maxima([rows[1]]))
         reports.append(_head_site(VALUE, "weights", rows, maxima, watched, calibrated, curves))
+    if tuned is not None:
+        for report in reports:
+            name = report["site"]
+            if name in tuned.watched:
+                report["activation"]["tuned"] = _tuned(name, tuned, calibrated.layouts[name], family, shapes, curves)
     return reports
 
 
@@ -206,13 +238,44 @@ def _report(
             "name": ACTIVATION_NAMES.get(site, "activation"),
             "before": summarize(watch.before, before.activation, curves),
             "after": summarize(watch.after, after.activation, curves),
+            "tuned": None,
         },
         "partner": {
             "name": partner,
             "before": summarize(partner_maxima[0], before.partner, curves),
             "after": summarize(partner_maxima[1], after.partner, curves),
+            "tuned": None,
         },
     }
+
+
+def _tuned(name: str, tuned: Tuned, layout: SiteLayout, family: Family, shapes: Shapes, curves: bool) -> dict[str, Any]:
+    """The activation that a tuned site rounds. Its error compares the tuned block's product with and without that
+    rounding: the tuned matrix is not the inverse of what is in the weights, on purpose, so a difference from the
+    full-precision product would blame rounding for what tuning moved.
+    """
+    watch = tuned.watched[name]
+    site: Any = tuned.block.get_submodule(f"sites.{name}")
+    weights = _tuned_partners(name, tuned, family, shapes)
+    error = _errors(watch.map(watch.rows), weights, layout, site.clip, [None] * len(weights), None).activation
+    return summarize(watch.after, error, curves)
+
+
+def _tuned_partners(name: str, tuned: Tuned, family: Family, shapes: Shapes) -> list[Tensor]:
+    """What the activation of a tuned site is multiplied with, each [out, width]."""
+    weights = dict(tuned.block.named_parameters())
+    if name == KEY:
+        queries = tuned.watched[QUERY]
+        return [queries.map(queries.rows)]
+    if name == VALUE:
+        # A head's output meets o_proj behind the heads matrix: a (P_o ⊗ I) Wᵀ.
+        output = weights[f"{family.output_proj}.weight"]
+        site: Any = getattr(tuned.block.get_submodule("sites"), ATTN_OUT, None)
+        heads = None if site is None or site.left is None else site.left.T
+        met = output if heads is None else kronecker_matmul(output, heads, None)
+        return [met.reshape(-1, shapes.head_dim)]
+    readers = next(site.readers for site in family.sites if site.name == name)
+    return [weights[f"{reader}.weight"] for reader in readers]
 
 
 def _errors(
@@ -271,6 +334,21 @@ def _other_face(transform: Transform | None) -> Map:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _online_map(site: Any) -> Map:
+    """What an online site does before it rounds."""
+    left, right = getattr(site, "left", None), getattr(site, "right", None)
+    return _same if left is None and right is None else lambda rows: kronecker_matmul(rows, left, right)
+
+
+def _looking(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A forward pre-hook that shows the watch what a module reads."""
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        watch(args[0])
+
+    return look
 
 
 def _largest_of_neighbours(values: Tensor) -> Tensor:

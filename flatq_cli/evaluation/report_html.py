@@ -6,7 +6,7 @@ in. It is laid out in a column on a phone and in several on a screen, and follow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -16,15 +16,15 @@ from flatq_cli.evaluation.report_text import Table, figure, size
 
 Data = Mapping[str, Any]
 SIDES = ("activation", "partner")
-WHEN = ("before", "after")
+TUNED_KEY = ("as tuned",)
 
-# Vermilion and blue of Okabe and Ito's palette, which people with any kind of colour vision tell apart; lighter in the
-# dark.
+# Vermilion, blue and bluish green of Okabe and Ito's palette, which people with any kind of colour vision tell apart;
+# lighter in the dark.
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1d2025; --soft: #5b6270; --rule: #dcdfe4;
-  --before: #c45100; --after: #0066ab; --note: #fff4e0; }
+  --before: #c45100; --after: #0066ab; --tuned: #007a58; --note: #fff4e0; }
 @media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1c1f25; --ink: #e8eaee; --soft: #a3abba;
-  --rule: #343943; --before: #f0a347; --after: #62b8f0; --note: #33290f; } }
+  --rule: #343943; --before: #f0a347; --after: #62b8f0; --tuned: #4fd0a5; --note: #33290f; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
@@ -54,8 +54,10 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } svg .label { f
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
 svg .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
 svg .before { stroke: var(--before); } svg .after, svg .one { stroke: var(--after); }
+svg .tuned { stroke: var(--tuned); } svg .faint { stroke: var(--soft); stroke-opacity: .55; }
 svg .area { stroke-width: .75; } svg .area.before { fill: var(--before); fill-opacity: .3; }
-svg .line.before { stroke-dasharray: 5 3; }
+svg .line.before { stroke-dasharray: 5 3; } svg .line.tuned { stroke-dasharray: .1 3; stroke-width: 2; }
+svg .line.faint { stroke-width: 1; }
 svg .dot.before, svg .point.before { fill: var(--card); }
 svg .dot.after, svg .dot.one, svg .point.after { fill: var(--after); }
 svg .point { stroke-width: 2; }
@@ -74,6 +76,7 @@ def report_html(data: Data) -> str:
         ("results", "Results", _results(data)),
         ("made", "What was done", _made(data)),
         ("blocks", "Error by block", _blocks(data)),
+        ("tuning", "Tuning", _tuning(data)),
         ("sites", "Error by site", _sites(data)),
         ("flatness", "Flatness", _flatness(data)),
     ]
@@ -100,6 +103,8 @@ def _facts(data: Data) -> str:
         facts.append(("smaller than in 16 bits", f"{row['compression']:.2f} ×"))
     if row["seconds"]:
         facts.append(("to calibrate and fuse", text.duration(row["seconds"])))
+    if row["memory_bytes"]:
+        facts.append(("of memory for that", size(row["memory_bytes"])))
     items = "".join(f"<li><b>{_h(value)}</b> {_h(name)}</li>" for name, value in facts)
     return f'<ul class="facts">{items}</ul>' if items else ""
 
@@ -114,28 +119,56 @@ def _missing(data: Data) -> str:
 def _results(data: Data) -> str:
     rows = data["comparison"]
     texts = [key for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("perplexity.")]
-    pictures = [picture for index, key in enumerate(texts) if (picture := _size_picture(rows, key, f"size-{index}"))]
+    pictures = [
+        picture
+        for index, key in enumerate(texts)
+        for picture in (_size_picture(rows, key, f"size-{index}"), _time_picture(rows, key, f"time-{index}"))
+        if picture
+    ]
     unplaced = [row["name"] for row in rows if not row["bytes"] and row["kind"] not in (None, "float")]
-    note = f"No export, so no size, and not in the picture: {', '.join(unplaced)}." if unplaced and pictures else ""
+    note = f"No export, so no size, and not in that picture: {', '.join(unplaced)}." if unplaced and pictures else ""
     return _table(text.results(data), marked=0) + _pictures(pictures) + _paragraph(note, "soft")
 
 
 def _size_picture(rows: Sequence[Data], key: str, ident: str) -> str:
     """Perplexity against bytes; a full-precision model of unknown size is a line."""
-    marks = []
-    for index, row in enumerate(rows):
-        if row.get(key) is None or not (row["bytes"] or row["kind"] == "float"):
-            continue
-        style = "after" if index == 0 else "before"
-        marks.append(Mark(row["name"], style, row["bytes"] / 2**20 if row["bytes"] else None, row[key]))
+    marks = _marks(rows, key, lambda row: row["bytes"] / 2**20 if row["bytes"] else None)
     if not any(mark.x is not None for mark in marks):
         return ""
     title = f"{text.label(key)} against size"
-    where = "; ".join(
-        f"{mark.name}: {figure(mark.y)}" + (f" at {figure(mark.x)} MiB" if mark.x is not None else "") for mark in marks
-    )
+    where = _where(marks, lambda mib: f"{figure(mib)} MiB")
     drawn = scatter(ident, title, where, marks, "size of the weights, MiB", text.label(key))
     return _figure(title, "Lower and further left is better. Filled: this run.", drawn)
+
+
+def _time_picture(rows: Sequence[Data], key: str, ident: str) -> str:
+    """Perplexity against the time that calibrate and fuse took: what patience buys. Needs two runs to say anything."""
+    marks = _marks(rows, key, lambda row: row["seconds"])
+    if sum(mark.x is not None for mark in marks) < 2:
+        return ""
+    title = f"{text.label(key)} against time"
+    drawn = scatter(
+        ident, title, _where(marks, text.duration), marks, "calibrate and fuse, seconds", text.label(key), log_x=True
+    )
+    caption = "Lower and further left is better; time on a logarithmic scale. Filled: this run."
+    return _figure(title, caption, drawn)
+
+
+def _marks(rows: Sequence[Data], key: str, place: Callable[[Data], float | None]) -> list[Mark]:
+    """The rows that have the figure `key`: points where they have a place, a line for full precision without one."""
+    marks = []
+    for index, row in enumerate(rows):
+        x = place(row)
+        if row.get(key) is not None and (x is not None or row["kind"] == "float"):
+            marks.append(Mark(row["name"], "after" if index == 0 else "before", x, row[key]))
+    return marks
+
+
+def _where(marks: Sequence[Mark], say: Callable[[float], str]) -> str:
+    """The marks in words."""
+    return "; ".join(
+        f"{mark.name}: {figure(mark.y)}" + (f" at {say(mark.x)}" if mark.x is not None else "") for mark in marks
+    )
 
 
 def _made(data: Data) -> str:
@@ -176,24 +209,46 @@ def _blocks(data: Data) -> str:
     return sentences + (_key("before training", "after training") if trained else "") + _pictures(pictures) + table
 
 
+def _tuning(data: Data) -> str:
+    """What tuning did, and its divergence step by step where that was kept."""
+    if not data["tuning"]:
+        return ""
+    said = _paragraph(text.tuning_sentence(data))
+    values = data["tuning"].get("curve")
+    if not values:
+        return said
+    mean = text.running_mean(values)
+    drawn = [Curve("each step", "faint", values), Curve("running mean", "one", mean)]
+    title = "Divergence at each step"
+    words = f"running mean from {figure(mean[0])} to {figure(mean[-1])}"
+    picture = curves("tuning", title, words, drawn, "step", 1, len(values), height=180, log_y=False)
+    caption = "From the full-precision model's next-token distribution, on that step's tokens. Thick: running mean."
+    return said + _pictures([_figure(title, caption, picture)])
+
+
 def _sites(data: Data) -> str:
     if not data["flatness"]:
         return ""
-    pictures = []
+    pictures, when = [], text.moments(data)
     for site in text.site_names(data):
         for side in SIDES:
             name, _, errors = text.site_figures(data, site, side)
             if all(value is None for values in errors for value in values):
                 continue
             title = f"{site}: {name}"
-            drawn = [Curve(when, when, values) for when, values in zip(WHEN, errors, strict=True)]
+            drawn = [
+                Curve(name, name, values)
+                for name, values in zip(when, errors, strict=True)
+                if any(value is not None for value in values)
+            ]
             picture = _by_block(f"error-{site}-{side}", f"Rounding error by block at {title}", drawn)
             pictures.append(_figure(title, f"{text.SITES.get(site, '')}; rounding error by block", picture))
     return (
         _paragraph(text.site_sentence(data))
         + _table(text.sites(data))
         + (
-            _key("before the transform", "after it, with the calibrated clips") + _pictures(pictures)
+            _key("before the transform", "after it, with the calibrated clips", *TUNED_KEY[: len(when) - 2])
+            + _pictures(pictures)
             if pictures
             else ""
         )
@@ -210,7 +265,11 @@ def _flatness(data: Data) -> str:
         "In the order of the channels, and sorted; each activation with what it is multiplied with. The transforms are "
         "as calibrate left them."
     )
-    parts = [_paragraph(intro), _key("before the transform (an area, or dashed)", "after it")]
+    when = text.moments(data)
+    if "tuned" in when:
+        intro += " Tuned: the activation that the tuned block rounds, given what the full-precision block reads."
+    parts = [_paragraph(intro)]
+    parts.append(_key("before the transform (an area, or dashed)", "after it", *TUNED_KEY[: len(when) - 2]))
     sites = {block["block"]: block["sites"] for block in data["flatness"]["blocks"]}
     for shown in data["flatness"]["shown"]:
         figures = [_channels(shown["block"], site) for site in sites[shown["block"]]]
@@ -224,14 +283,14 @@ def _channels(block: int, site: Data) -> str:
     name = site["site"]
     parts = [f"<figcaption><b>{_h(name)}</b> {_h(text.SITES.get(name, ''))}</figcaption>"]
     for side in SIDES:
-        both = site[side]
-        largest = " → ".join(figure(both[when]["largest"], 3) for when in WHEN)
-        peaks = " → ".join(figure(text.peak(both[when]), 3) for when in WHEN)
+        curves_of = {when: site[side][when] for when in text.MOMENTS if site[side].get(when)}
+        largest = " → ".join(figure(one["largest"], 3) for one in curves_of.values())
+        peaks = " → ".join(figure(text.peak(one), 3) for one in curves_of.values())
         said = f"largest {largest}; peak {peaks}"
-        parts.append(f'<p class="side"><b>{_h(both["name"])}</b> {_h(said)}</p>')
+        parts.append(f'<p class="side"><b>{_h(site[side]["name"])}</b> {_h(said)}</p>')
         for order, x_name in (("by_channel", "channel"), ("sorted", "channels, sorted")):
-            drawn = [Curve(when, when, both[when][order]) for when in WHEN]
-            title, in_order = f"Block {block}, {name}: {both['name']}, {x_name}", order == "by_channel"
+            drawn = [Curve(when, when, one[order]) for when, one in curves_of.items()]
+            title, in_order = f"Block {block}, {name}: {site[side]['name']}, {x_name}", order == "by_channel"
             height = 120 if in_order else 95
             key = f"b{block}-{name}-{side}-{order}"
             picture = curves(key, title, said, drawn, x_name, 1, site["width"], height, filled=in_order)
@@ -249,11 +308,11 @@ def _by_block(key: str, title: str, drawn: Sequence[Curve]) -> str:
     return curves(key, title, "; ".join(said), drawn, "block", height=150, dots=True)
 
 
-def _key(before: str, after: str) -> str:
-    """What the two kinds of lines mean."""
+def _key(*names: str) -> str:
+    """What the kinds of lines mean: before, after and, where there is a third, tuned."""
     items = [
         f'<svg viewBox="0 0 36 10" aria-hidden="true"><path class="line {style}" d="M1 5H35"/></svg>{_h(name)}'
-        for style, name in (("before", before), ("after", after))
+        for style, name in zip(text.MOMENTS, names, strict=False)
     ]
     return f'<p class="key">{"".join(f"<span>{item}</span>" for item in items)}</p>'
 

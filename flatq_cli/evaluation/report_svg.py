@@ -1,9 +1,9 @@
 """Pictures of a report as inline SVG: plain functions from numbers to text, without a script or an external file.
 
 A picture is about as wide as a phone, so that its letters are readable there; the page puts several side by side where
-there is room. Colours come from the page's style (`before`, `after`, `one`), which has a dark face too. They are told
-apart without colour as well: what was before is drawn dashed, or as a ring. `title` and `desc` say to a screen reader
-what is seen.
+there is room. Colours come from the page's style (`before`, `after`, `tuned`, `one`, `faint`), which has a dark face
+too. They are told apart without colour as well: what was before is drawn dashed, or as a ring, and what is tuned
+dotted. `title` and `desc` say to a screen reader what is seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LABEL_CHARACTERS = 24
 
 
 class Curve(NamedTuple):
-    """Values at evenly spaced places; None where there is none. `style`: `before`, `after` or `one`."""
+    """Values at evenly spaced places; None where there is none. `style`: `before`, `after`, `tuned`, `one`, `faint`."""
 
     name: str
     style: str
@@ -71,18 +71,20 @@ def curves(
     height: int = 150,
     dots: bool = False,
     filled: bool = False,
+    log_y: bool = True,
 ) -> str:
-    """Curves over one another, the values on a logarithmic axis.
+    """Curves over one another, the values on a logarithmic axis or, without `log_y`, a linear one.
 
     Args:
         key: makes the picture's ids unique in a page.
         x_name: what is along the horizontal axis, which goes from `first` to `last` (None: the number of values, less
             one).
-        dots: mark each value, for series of few.
+        dots: mark each value, for series of few; not of `tuned`, which would hide what it lies on.
         filled: draw the first curve as an area, where a ragged line would hide the others.
     """
     count = max((len(curve.values) for curve in drawn), default=0)
-    y = log_axis([value for curve in drawn for value in curve.values if value is not None], height - BOTTOM, TOP)
+    axis = log_axis if log_y else linear_axis
+    y = axis([value for curve in drawn for value in curve.values if value is not None], height - BOTTOM, TOP)
     last = count - 1 + first if last is None else last
     x = Axis(0, max(count - 1, 0), LEFT, WIDTH - RIGHT, False, ())
     parts = [_frame(y, height - BOTTOM), _x_ends(x, (first, last), x_name, height)]
@@ -94,7 +96,7 @@ def curves(
             parts.append(f'<path class="area {curve.style}" d="{_area(places, y.start)}"/>')
             continue
         parts.append(f'<path class="line {curve.style}" d="{_path(places)}"/>')
-        if dots:
+        if dots and curve.style != "tuned":
             parts += [
                 f'<circle class="dot {curve.style}" cx="{_n(p[0])}" cy="{_n(p[1])}" r="2.5"/>' for p in places if p
             ]
@@ -102,13 +104,21 @@ def curves(
 
 
 def scatter(
-    key: str, title: str, description: str, marks: Sequence[Mark], x_name: str, y_name: str, height: int = 260
+    key: str,
+    title: str,
+    description: str,
+    marks: Sequence[Mark],
+    x_name: str,
+    y_name: str,
+    height: int = 260,
+    log_x: bool = False,
 ) -> str:
-    """Named points; both axes linear and as long as the values need."""
+    """Named points; the axes are as long as the values need, and linear but for the horizontal one with `log_x`."""
     placed = [mark for mark in marks if mark.x is not None]
     bottom = height - BOTTOM - LABEL
     y = linear_axis([mark.y for mark in marks], bottom, TOP + 16)
-    x = linear_axis([mark.x for mark in placed if mark.x is not None], LEFT, WIDTH - RIGHT)
+    axis = log_axis if log_x else linear_axis
+    x = axis([mark.x for mark in placed if mark.x is not None], LEFT, WIDTH - RIGHT)
     parts = [_frame(y, bottom), f'<text class="name" x="2" y="{TOP}">{escape(y_name)}</text>']
     for tick in x.ticks:
         at = _n(x.place(tick))
@@ -173,11 +183,11 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
     finer = [step * decade for decade in decades for step in (1, 2, 5) if low <= step * decade <= high]
     if len(finer) >= 2:
         return tuple(finer)
-    # Almost equal values: the round numbers around them.
+    # Values close together: the round numbers around them too.
     around = [step * decade for decade in decades for step in (1, 2, 5)]
     below = [tick for tick in around if tick <= low] or [decades[0]]
     above = [tick for tick in around if tick >= high] or [decades[-1]]
-    return (below[-1], above[0]) if below[-1] < above[0] else (below[-1],)
+    return tuple(dict.fromkeys((below[-1], *finer, above[0])))
 
 
 def _apart(labels: list[tuple[float, float, str]], lowest: float) -> list[tuple[float, float, str]]:

@@ -24,7 +24,16 @@ SITES = {
 STARTS = {"orthogonal": "random orthogonal", "hadamard": "Hadamard"}
 FORMS = {"direct": "", "svd": ", each as two orthogonal factors and a diagonal", "orthogonal": ", each orthogonal"}
 CLIP_STARTS = {"searched": "clips searched", "fixed": "clips at a fixed factor"}
+MOMENTS = ("before", "after", "tuned")
+TUNED_SENTENCE = (
+    "Tuned: the activation that the tuned block rounds, given what the full-precision block reads, and what rounding "
+    "it adds to the tuned block's own product. A tuned matrix is no longer the inverse of what was folded into the "
+    "weights, so that product is meant to differ from the full-precision one."
+)
 LOSSES = {"token": "error of each token relative to its own output", "relative": "error relative to all outputs"}
+
+
+Values = list[float | None]
 
 
 class Table(NamedTuple):
@@ -44,6 +53,8 @@ def report_markdown(data: Data) -> str:
     parts.append(_safe(versions(data)))
     if data["blocks"]:
         parts += ["## Blocks", *block_sentences(data), _markdown(blocks(data))]
+    if data["tuning"]:
+        parts += ["## Tuning", tuning_sentence(data)]
     if data["flatness"]:
         parts += ["## Sites", site_sentence(data), _markdown(sites(data))]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
@@ -64,7 +75,7 @@ def bits_name(recipe: Data) -> str:
 def results(data: Data) -> Table:
     """The compared runs, one a row; a column for each text and each task's figure."""
     rows = data["comparison"]
-    fixed = ("name", "kind", "recipe", "bytes", "compression", "seconds")
+    fixed = ("name", "kind", "recipe", "bytes", "compression", "seconds", "memory_bytes")
     measured = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in fixed]
     measured.sort(key=lambda key: not key.startswith("perplexity."))
     shown: list[tuple[str, Callable[[Data], str]]] = [
@@ -73,6 +84,7 @@ def results(data: Data) -> Table:
         ("size", lambda row: size(row.get("bytes"))),
         ("compression", lambda row: _times(row.get("compression"))),
         ("time", lambda row: duration(row.get("seconds"))),
+        ("memory", lambda row: size(row.get("memory_bytes"))),
     ]
     return Table(
         ["run", *(name for name, _ in shown)], [[row["name"], *(show(row) for _, show in shown)] for row in rows]
@@ -106,11 +118,17 @@ def settings(data: Data) -> Table:
 
 
 def stages(data: Data) -> Table:
-    """What each stage wrote, and how long it took."""
-    return Table(
-        ["stage", "status", "written", "time"],
-        [[row["stage"], row["status"], size(row["bytes"]), duration(row["seconds"])] for row in data["stages"]],
-    )
+    """What each stage wrote, how long it took, and how much memory: on a GPU too where one was used."""
+    shown: list[tuple[str, Callable[[Data], str]]] = [
+        ("stage", lambda row: row["stage"]),
+        ("status", lambda row: row["status"]),
+        ("written", lambda row: size(row["bytes"])),
+        ("time", lambda row: duration(row["seconds"])),
+        ("memory", lambda row: size(row["peak_memory_bytes"])),
+    ]
+    if any(row["peak_gpu_memory_bytes"] for row in data["stages"]):
+        shown.append(("GPU memory", lambda row: size(row["peak_gpu_memory_bytes"])))
+    return Table([name for name, _ in shown], [[show(row) for _, show in shown] for row in data["stages"]])
 
 
 def versions(data: Data) -> str:
@@ -120,7 +138,7 @@ def versions(data: Data) -> str:
 
 
 def block_sentences(data: Data) -> list[str]:
-    """What the losses say: whether blocks were trained, which is the worst, what tuning did."""
+    """What the losses say: whether blocks were trained, which is the worst."""
     losses = {row["block"]: row["loss_after"] for row in data["blocks"] if row["loss_after"] is not None}
     sentences = []
     if losses:
@@ -130,15 +148,26 @@ def block_sentences(data: Data) -> list[str]:
         sentences.append(text)
     if losses and not trained(data):
         sentences.append("No block was trained: the loss is that of the start in closed form.")
-    tuning = data["tuning"]
-    if tuning is not None:
-        before, after = figure(tuning["divergence_before"]), figure(tuning["divergence_after"])
-        sentences.append(
-            f"Tuning after rounding ({tuning['steps']} steps, {duration(tuning['seconds'])}) took the divergence from "
-            f"the full-precision model's next-token distribution from {before} to {after}: means of the first and of "
-            "the last tenth of the steps."
-        )
     return sentences
+
+
+def tuning_sentence(data: Data) -> str:
+    """What tuning did to the divergence."""
+    tuning = data["tuning"]
+    before, after = figure(tuning["divergence_before"]), figure(tuning["divergence_after"])
+    return (
+        f"Tuning after rounding ({tuning['steps']} steps, {duration(tuning['seconds'])}) took the divergence from the "
+        f"full-precision model's next-token distribution from {before} to {after}: means of the first and of the last "
+        "tenth of the steps."
+    )
+
+
+def running_mean(values: Sequence[float | None]) -> Values:
+    """Of each value the mean of a tenth of all, itself in the middle; fewer at the ends, and without those that are
+    None.
+    """
+    reach = max(1, len(values) // 20)
+    return [_mean(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
 
 
 def trained(data: Data) -> bool:
@@ -158,16 +187,18 @@ def blocks(data: Data) -> Table:
 
 def site_sentence(data: Data) -> str:
     """What the table of sites shows."""
+    tuned = " " + TUNED_SENTENCE if "tuned" in moments(data) else ""
     return (
         f"Means over the blocks, from {data['flatness']['tokens']:,} tokens of the calibration text. Peak: the largest "
         "channel's maximum over the mean channel's; 1 is flat. Error: what rounding this side alone adds to the "
-        "product, squared, relative to the product, averaged over tokens; weights to the nearest code."
+        "product, squared, relative to the product, averaged over tokens; weights to the nearest code." + tuned
     )
 
 
 def sites(data: Data) -> Table:
-    """Peak and error of each site's two sides, before and after the transform, averaged over the blocks."""
-    header = ["site", "side", "peak before", "after", "error before", "after"]
+    """Peak and error of each site's two sides, before and after the transform and tuned, averaged over the blocks."""
+    when = moments(data)
+    header = ["site", "side", "peak before", *when[1:], "error before", *when[1:]]
     rows = []
     for site in site_names(data):
         for side in ("activation", "partner"):
@@ -176,22 +207,25 @@ def sites(data: Data) -> Table:
     return Table(header, rows)
 
 
+def moments(data: Data) -> tuple[str, ...]:
+    """The moments at which sites were measured: `before` and `after` the transform, and `tuned` where the run is."""
+    sides = [site["activation"] for block in data["flatness"]["blocks"] for site in block["sites"]]
+    return MOMENTS if any(side.get("tuned") for side in sides) else MOMENTS[:2]
+
+
 def site_names(data: Data) -> list[str]:
     """The sites of the blocks, in their order."""
     return list(dict.fromkeys(site["site"] for block in data["flatness"]["blocks"] for site in block["sites"]))
 
 
-Values = list[float | None]
-
-
-def site_figures(data: Data, site: str, side: str) -> tuple[str, tuple[Values, Values], tuple[Values, Values]]:
-    """The name of a site's side, and block by block its peaks and its errors, each before and after the transform."""
+def site_figures(data: Data, site: str, side: str) -> tuple[str, list[Values], list[Values]]:
+    """The name of a site's side, and block by block its peaks and its errors, each at all `moments`."""
     found = [one[side] for block in data["flatness"]["blocks"] for one in block["sites"] if one["site"] == site]
 
-    def both(pick: Callable[[Data], float | None]) -> tuple[Values, Values]:
-        return [pick(one["before"]) for one in found], [pick(one["after"]) for one in found]
+    def figures(pick: Callable[[Data], float | None]) -> list[Values]:
+        return [[pick(one[when]) if one.get(when) else None for one in found] for when in moments(data)]
 
-    return found[0]["name"], both(peak), both(lambda when: when["error"])
+    return found[0]["name"], figures(peak), figures(lambda when: when["error"])
 
 
 def peak(when: Data) -> float | None:

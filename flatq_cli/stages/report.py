@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from flatq_cli.calibration.learnable import WEIGHT_CLIP, transforms_from_plain
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.compare import compare
-from flatq_cli.evaluation.flatness import Calibrated, measure_block, watches
+from flatq_cli.evaluation.flatness import DIGITS, Calibrated, Tuned, measure_block, watch_tuned, watches
 from flatq_cli.evaluation.report_html import report_html
 from flatq_cli.evaluation.report_text import report_markdown
+from flatq_cli.models.checkpoint import SafetensorsCheckpoint
 from flatq_cli.models.families import Family
 from flatq_cli.models.locate import locate
 from flatq_cli.models.source import BlockSource, open_source, run_in_batches
+from flatq_cli.runtime.fused import FusedSource
 from flatq_cli.runtime.layout import SiteLayout, block_layout
 from flatq_cli.runtime.sites import attach_sites
 from flatq_cli.stages.calibrate import STAGE as CALIBRATE
@@ -35,10 +38,13 @@ from flatq_cli.stages.tune import TUNED
 from flatq_cli.store import atomic
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.run import Run
+from flatq_cli.store.stage import Stage
 
 SCHEMA = "flatq.report/1"
 Format = Literal["html", "md", "json"]
 FORMATS: tuple[Format, ...] = ("html", "md", "json")
+CURVE, DIVERGENCE = "curve", "divergence"
+"""The item of the tuning stage, and its tensor, float64 [steps]: the divergence of every step."""
 TOKENS = 2048
 """About so many tokens of the calibration text are looked at; at least one window."""
 
@@ -117,6 +123,9 @@ def _missing_stages(run: Run) -> list[str]:
         if not stage.done:
             done = sum(name in stage.manifest.items for name in names)
             sentences.append(f"{stage.name} is not finished: {done} of {blocks} blocks are {verb}.")
+    tuning = run.stage(TUNE)
+    if CURVE in tuning.manifest.items and not tuning.complete(CURVE, verify=True):
+        sentences.append("The divergence of each tuning step is not shown: its file is missing or damaged.")
     if not any(run.path.glob("export/*/manifest.json")):
         sentences.append("There is no export, so the run has no size (flatq export).")
     if not any(run.path.glob("eval/*.json")):
@@ -139,7 +148,8 @@ def _stages(run: Run) -> list[dict[str, Any]]:
             continue
         seconds = manifest.seconds or sum(item.seconds for item in manifest.items.values())
         size = sum(item.bytes for item in manifest.items.values())
-        rows.append({"stage": name, "status": manifest.status, "bytes": size, "seconds": seconds})
+        memory = {key: getattr(manifest, key) for key in ("peak_memory_bytes", "peak_gpu_memory_bytes")}
+        rows.append({"stage": name, "status": manifest.status, "bytes": size, "seconds": seconds, **memory})
     return rows
 
 
@@ -158,12 +168,23 @@ def _blocks(run: Run) -> list[dict[str, Any]]:
 
 
 def _tuning(run: Run) -> dict[str, Any] | None:
-    """The divergence before and after tuning; None for a run that has not been tuned."""
-    item = run.stage(TUNE).manifest.items.get(TUNED)
+    """The divergence before and after tuning, and of every step; None for a run that has not been tuned."""
+    stage = run.stage(TUNE)
+    item = stage.manifest.items.get(TUNED)
     if item is None:
         return None
     figures = {key: item.metrics.get(key) for key in ("divergence_before", "divergence_after")}
-    return {"steps": run.config.recipe.tune.steps, **figures, "seconds": item.seconds}
+    return {"steps": run.config.recipe.tune.steps, **figures, "seconds": item.seconds, "curve": _curve(stage)}
+
+
+def _curve(tuning: Stage) -> list[float | None] | None:
+    """The divergence of every step; None where it was not kept, or its file is gone: a picture is not worth an error,
+    and no stage would make it again.
+    """
+    if not tuning.complete(CURVE, verify=True):
+        return None
+    losses = tuning.load(CURVE)[DIVERGENCE].tolist()
+    return [float(f"{loss:.{DIGITS}g}") if isfinite(loss) else None for loss in losses]
 
 
 def _flatness(
@@ -184,7 +205,8 @@ def _flatness(
 
 
 def measure_flatness(run: Run, source: BlockSource, tokens: Tensor, device: str, progress: Progress) -> dict[str, Any]:
-    """Stream the full-precision blocks over `tokens` [windows, seqlen] and look at every site on the way.
+    """Stream the full-precision blocks over `tokens` [windows, seqlen] and look at every site on the way; of a tuned
+    run at the tuned blocks too, each on what the full-precision block reads.
 
     Returns:
         `tokens`, how many were looked at; `shown`, the blocks whose channels are there, with the reason; `blocks`, for
@@ -193,6 +215,7 @@ def measure_flatness(run: Run, source: BlockSource, tokens: Tensor, device: str,
     recipe, where = run.config.recipe, torch.device(device)
     layouts = block_layout(recipe, source.family, source.shapes)
     stage = run.stage(CALIBRATE)
+    tuned_source = _tuned_source(run, source, layouts)
     shown = shown_blocks(_blocks(run), source.num_blocks)
     hidden = source.embed(tokens)
     kwargs = source.block_kwargs(hidden[:1])
@@ -203,12 +226,28 @@ def measure_flatness(run: Run, source: BlockSource, tokens: Tensor, device: str,
         block = source.block(index, device=where)
         parameters = {name: tensor.detach() for name, tensor in block.named_parameters()}
         block = attach_sites(block, source.family, watched)
-        arguments = to_device(kwargs[index], where)
-        run_in_batches(block, hidden, arguments, recipe.calibration.batch, where, into=hidden)
+        arguments, batch = to_device(kwargs[index], where), recipe.calibration.batch
+        tuned: Tuned | None = None
+        if tuned_source is not None:
+            tuned = watch_tuned(tuned_source.block(index, device=where), source.family, source.shapes)
+            run_in_batches(tuned.block, hidden, arguments, batch, where)
+        run_in_batches(block, hidden, arguments, batch, where, into=hidden)
         curves = any(row["block"] == index for row in shown)
-        sites = measure_block(parameters, watched, calibrated, source.family, source.shapes, recipe.weights, curves)
+        sites = measure_block(
+            parameters, watched, calibrated, source.family, source.shapes, recipe.weights, curves, tuned
+        )
         found.append({"block": index, "sites": sites})
     return {"tokens": tokens.numel(), "shown": shown, "blocks": found}
+
+
+def _tuned_source(run: Run, source: BlockSource, layouts: Mapping[str, SiteLayout]) -> FusedSource | None:
+    """The fused blocks, where tuning is done and they were made from what calibrate holds now."""
+    fuse = run.stage(FUSE)
+    current = fuse.manifest.inputs == {CALIBRATE: run.stage(CALIBRATE).digest()}
+    if not (fuse.done and run.stage(TUNE).done and current):
+        return None
+    fuse.verify()
+    return FusedSource(source, SafetensorsCheckpoint(fuse.path), layouts)
 
 
 def shown_blocks(blocks: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

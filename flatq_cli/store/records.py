@@ -83,6 +83,8 @@ class Manifest(Frozen):
     items: dict[str, Item] = Field(default_factory=dict)
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     seconds: float = 0.0
+    peak_memory_bytes: int | None = Field(default=None, description="resident at most while it was made; of its parts")
+    peak_gpu_memory_bytes: int | None = Field(default=None, description="the same of what torch had on a GPU")
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -4,6 +4,10 @@ A file is complete and synced before the manifest names it, and the manifest is 
 killed goes on where it was, and what a manifest names is whole. A stage records what it was made from (`inputs`,
 usually another stage's digest); when that differs, its items are stale and it starts over. Whatever depends on time is
 in the manifests only, so that two runs of one recipe give the same files bit for bit.
+
+The memory that was needed since the last item, of whichever stage, is put down to the stage that gets the next one. So
+a stage that works in the middle of another, as tuning does in fuse, has a peak of its own; and a stage that was killed
+and goes on has the largest of its parts.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from flatq_cli.errors import UsageError
 from flatq_cli.store import atomic
 from flatq_cli.store.lock import lock_run
+from flatq_cli.store.memory import Peak, take_peak
 from flatq_cli.store.records import MANIFEST_SCHEMA, Item, Manifest, Metrics, inside_stage, read_record
 
 if TYPE_CHECKING:
@@ -68,6 +73,7 @@ class Stage:
             self._manifest = None
         if self._manifest is None:
             self._write(Manifest(stage=self.name, inputs=inputs))
+        take_peak()  # what was needed before is not this stage's
         return sorted(stale)
 
     def complete(self, name: str, verify: bool = False) -> bool:
@@ -168,9 +174,8 @@ class Stage:
 
     def finish(self, metrics: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
         """Mark the stage as done."""
-        self._write(
-            self._begun().model_copy(update={"status": "done", "metrics": dict(metrics or {}), "seconds": seconds})
-        )
+        done = {"status": "done", "metrics": dict(metrics or {}), "seconds": seconds}
+        self._write(self._begun().model_copy(update={**done, **self._peak()}))
 
     def digest(self) -> str:
         """A hash over the names and hashes of the items: the input of the next stage. Equal for equal artifacts."""
@@ -199,7 +204,14 @@ class Stage:
     def _add(self, name: str, item: Item) -> None:
         manifest = self._begun()
         items = {**manifest.items, name: item}
-        self._write(manifest.model_copy(update={"items": items, "status": "running"}))
+        self._write(manifest.model_copy(update={"items": items, "status": "running", **self._peak()}))
+
+    def _peak(self) -> dict[str, int | None]:
+        """The manifest's peaks, with what was needed since the last item."""
+        manifest = self._begun()
+        so_far = Peak(manifest.peak_memory_bytes, manifest.peak_gpu_memory_bytes)
+        peak = so_far.or_larger(take_peak())
+        return {"peak_memory_bytes": peak.resident, "peak_gpu_memory_bytes": peak.gpu}
 
     def _forget(self, name: str) -> None:
         """Take an item out of the manifest before its file is replaced, so that no entry ever names another's bytes."""

@@ -36,17 +36,36 @@ def run(tmp_path: Path) -> Run:
         spec="m", location="m", kind="directory", name="m", fingerprint="0", model_type="llama", num_blocks=1
     )
     run = Run.create(tmp_path / "tiny-rtn", RunConfig(recipe=Recipe(), model=model))
-    for stage, seconds in (("calibrate", 2.0), ("fuse", 3.0)):
+    peaks = {"calibrate": (2.0, 500), "fuse": (3.0, 700), "fuse/tune": (0.0, 900)}
+    for stage, (seconds, peak) in peaks.items():
         at_work = run.stage(stage)
         at_work.begin()
         at_work.finish(seconds=seconds)
+        needed(run, stage, peak)
     return run
 
 
+def needed(run: Run, stage: str, peak: int | None) -> None:
+    """Write a peak of memory into a stage's manifest."""
+    file = run.path / stage / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peak_memory_bytes": peak}))
+
+
 def test_a_run_without_results_has_a_row_of_what_is_known(run: Run):
-    assert compare([run.path]) == [
-        {"name": "tiny-rtn", "kind": None, "recipe": None, "bytes": None, "compression": None, "seconds": 5.0}
-    ]
+    unknown = dict.fromkeys(("kind", "recipe", "bytes", "compression"))
+    assert compare([run.path]) == [{"name": "tiny-rtn", **unknown, "seconds": 5.0, "memory_bytes": 900}]
+
+
+@pytest.mark.parametrize(("tuning", "memory"), [(600, 700), (None, 700)])
+def test_memory_is_that_of_the_stage_that_needed_most(run: Run, tuning: int | None, memory: int):
+    needed(run, "fuse/tune", tuning)
+    assert compare([run.path])[0]["memory_bytes"] == memory
+
+
+def test_the_memory_of_a_run_from_before_it_was_recorded_is_unknown(run: Run):
+    for stage in ("calibrate", "fuse", "fuse/tune"):
+        needed(run, stage, None)
+    assert compare([run.path])[0]["memory_bytes"] is None
 
 
 def test_a_row_holds_the_newest_figures_the_size_and_the_compression(run: Run):
@@ -70,6 +89,7 @@ def test_a_row_holds_the_newest_figures_the_size_and_the_compression(run: Run):
         "bytes": 400,
         "compression": 3.0,
         "seconds": 5.0,
+        "memory_bytes": 900,
     }
 
 
@@ -77,6 +97,7 @@ def test_a_result_file_stands_for_what_is_not_a_run(tmp_path: Path):
     (tmp_path / "full.json").write_text(result(19.0, kind="float", recipe=None))
     (row,) = compare([tmp_path / "full.json"])
     assert (row["name"], row["kind"], row["recipe"], row["perplexity.prose"]) == ("full", "float", None, 19.0)
+    assert row["memory_bytes"] is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other/1"}'])

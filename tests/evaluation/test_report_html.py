@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from flatq_cli.evaluation.report_html import STYLE, report_html
-from tests.evaluation.report_data import bare_data, report_data
+from tests.evaluation.report_data import TUNING, bare_data, report_data, untuned
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 HOSTILE = "<script>alert('x')</script>\"&' onload=x"
@@ -81,14 +81,55 @@ def test_every_picture_is_there(page):
         "Loss of each block, before and after training",
         "Rounding error of each block's weights",
         "perplexity of tiny-run against size",
+        "perplexity of tiny-run against time",
+        "Divergence at each step",
         "Block 0, attn_in: activation, channel",
         "Block 0, attn_in: weights, channels, sorted",
         "Block 0, key: queries, channel",
         "Rounding error by block at attn_in: weights",
     ):
         assert title in titles
-    # Both sides of two sites, in order and sorted; errors of three sides; loss, rounding, size.
-    assert len(page.values("aria-labelledby")) == 8 + 3 + 3
+    # Both sides of two sites, in order and sorted; errors of three sides; loss, rounding, size, time, tuning.
+    assert len(page.values("aria-labelledby")) == 8 + 3 + 5
+
+
+def lines(page: Page, style: str) -> int:
+    return len([value for value in page.values("class") if value and value.split() == ["line", style]])
+
+
+def test_a_tuned_run_has_a_third_curve_and_an_untuned_one_no_trace_of_it(page):
+    # In order and sorted for the activations of two sites; their errors; two keys.
+    assert lines(page, "tuned") == 4 + 2 + 2
+    assert any(text == "as tuned" for text in page.texts)
+    assert any("largest 40 → 3 → 2.5; peak 20 → 1.5 → 1.25" in text for text in page.texts)
+    data = report_data()
+    untuned(data)
+    other = Page(report_html(data))
+    assert lines(other, "tuned") == 0
+    assert not any("uned" in text for text in other.texts if "{" not in text and "tuning" not in text)
+
+
+def test_a_tuned_run_whose_steps_were_not_kept_has_the_sentence_alone():
+    page = Page(report_html(report_data(tuning={**TUNING, "curve": None})))
+    assert any(text.startswith("Tuning after rounding (64 steps") for text in page.texts)
+    assert "Divergence at each step" not in page.texts
+    assert "#tuning" in page.values("href")
+
+
+def test_one_run_alone_is_no_trade_of_time():
+    data = report_data()
+    data["comparison"] = [row for row in data["comparison"] if row["name"] != "tiny-run b"]
+    assert "perplexity of tiny-run against time" not in Page(report_html(data)).texts
+
+
+def test_the_picture_of_time_says_in_words_who_took_how_long(page):
+    (said,) = [text for text in page.texts if "at 1 min 30 s" in text]
+    assert said == "tiny-run: 21.5 at 1 min 30 s; tiny-run b: 21.5 at 30 s; tiny-run full: 21.5"
+
+
+def test_memory_stands_with_the_facts(page):
+    where = page.texts.index("300.0 MiB")
+    assert page.texts[where + 1] == " of memory for that"
 
 
 def test_links_lead_to_sections(page):
@@ -103,7 +144,7 @@ def test_a_bare_run_has_the_sections_that_it_can_have():
 
 
 def test_a_run_without_size_is_named_under_the_picture(page):
-    assert any("not in the picture: tiny-run c." in text for text in page.texts)
+    assert any("not in that picture: tiny-run c." in text for text in page.texts)
 
 
 def test_colours_have_a_dark_face_of_each_name():

@@ -125,6 +125,33 @@ def test_labels_do_not_cover_each_other(tops):
     assert moved[-1] <= 200
 
 
+def test_ten_times_the_time_is_as_far_everywhere_on_a_logarithmic_axis():
+    marks = [Mark(str(x), "before", float(x), 1.0) for x in (10, 100, 1000)]
+    root = ElementTree.fromstring(scatter("k", "t", "d", marks, "s", "y", log_x=True))
+    a, b, c = (float(circle.get("cx")) for circle in root.findall("circle"))
+    assert b - a == pytest.approx(c - b, abs=0.2)
+    ticks = {text.text for text in root.findall("text") if text.get("class") == "tick"}
+    assert {"10", "100", "1,000"} <= ticks
+
+
+def test_what_is_tuned_has_no_dots_that_would_hide_what_it_lies_on():
+    both = [Curve("a", "after", [1.0, 2.0]), Curve("b", "tuned", [1.0, 2.0])]
+    root = ElementTree.fromstring(curves("k", "t", "d", both, "block", dots=True))
+    assert [circle.get("class") for circle in root.findall("circle")] == ["dot after"] * 2
+    assert [path.get("class") for path in root.findall("path")] == ["line after", "line tuned"]
+
+
+def test_equal_steps_are_equally_high_on_a_linear_axis():
+    (_, y0), (_, y1), (_, y2) = places(
+        curves("k", "t", "d", [Curve("a", "one", [0.2, 0.3, 0.4])], "step", log_y=False), "one"
+    )
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+
+
+def test_an_axis_between_round_numbers_has_those_inside_too():
+    assert log_axis([256.0, 739.0], 0, 1).ticks == (200, 500, 1000)
+
+
 def test_everything_is_inside_the_picture():
     marks = [Mark(f"run {index}", "before", float(index), float(index)) for index in range(8)]
     root = ElementTree.fromstring(scatter("k", "t", "d", marks, "x", "y"))

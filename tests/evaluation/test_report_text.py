@@ -10,11 +10,16 @@ from flatq_cli.evaluation.report_text import (
     figure,
     report_markdown,
     results,
+    running_mean,
     settings,
     site_figures,
+    site_sentence,
+    sites,
     size,
+    stages,
+    tuning_sentence,
 )
-from tests.evaluation.report_data import bare_data, report_data
+from tests.evaluation.report_data import bare_data, report_data, untuned
 
 
 def words_of(**sections: dict[str, object]) -> dict[str, str]:
@@ -72,16 +77,45 @@ def test_results_have_a_column_for_each_figure_perplexity_first():
     data["comparison"][1]["perplexity.other"] = 30.0
     table = results(data)
     assert table.header == [
-        *("run", "recipe", "perplexity of wiki", "perplexity of other", "wiki acc", "size", "compression", "time")
+        *(
+            "run",
+            "recipe",
+            "perplexity of wiki",
+            "perplexity of other",
+            "wiki acc",
+            "size",
+            "compression",
+            "time",
+            "memory",
+        )
     ]
-    assert table.rows[0] == ["wiki", "wiki", "21.5", "–", "0.25", "50.0 MiB", "2.50 ×", "1 min 30 s"]
+    assert table.rows[0] == ["wiki", "wiki", "21.5", "–", "0.25", "50.0 MiB", "2.50 ×", "1 min 30 s", "300.0 MiB"]
     assert table.rows[1][3] == "30"
+    assert table.rows[1][-1] == "–"
+
+
+def test_stages_say_their_memory_and_a_gpus_where_one_was_used():
+    data = report_data()
+    assert stages(data).rows == [["calibrate", "done", "2.9 KiB", "1 min 15 s", "300.0 MiB"]]
+    data["stages"][0]["peak_gpu_memory_bytes"] = 2**30
+    assert stages(data).header[-2:] == ["memory", "GPU memory"]
+    assert stages(data).rows[0][-1] == "1.0 GiB"
 
 
 def test_sentences_name_the_worst_block_and_what_tuning_did():
-    worst, tuned = block_sentences(report_data())
+    (worst,) = block_sentences(report_data())
     assert worst.startswith("Block 1 has the largest loss, 0.08: 80%")
-    assert "from 0.3 to 0.25" in tuned
+    assert "from 0.3 to 0.25" in tuning_sentence(report_data())
+
+
+def test_a_running_mean_is_that_of_a_tenth_and_steps_over_what_is_no_number():
+    assert running_mean([1.0, 2.0, 6.0]) == [1.5, 3.0, 4.0]
+    assert running_mean([1.0, None, 3.0]) == [1.0, 2.0, 3.0]
+    assert running_mean([]) == []
+    middle = running_mean([float(value) for value in range(100)])
+    assert (middle[0], middle[50], middle[99]) == (2.5, 50.0, 96.5)
+    # A single outlier weighs a tenth.
+    assert running_mean([0.0] * 50 + [11.0] + [0.0] * 49)[50] == 1.0
 
 
 def test_an_untrained_run_says_so():
@@ -98,8 +132,22 @@ def test_a_loss_that_is_not_a_number_is_no_worst_block():
 
 
 def test_figures_of_a_site_go_block_by_block():
+    none = [None, None]
     name, peaks, errors = site_figures(report_data(), "key", "partner")
-    assert (name, peaks, errors) == ("queries", ([20.0, 20.0], [1.5, 1.5]), ([None, None], [None, None]))
+    assert (name, peaks, errors) == ("queries", [[20.0, 20.0], [1.5, 1.5], none], [none, none, none])
+    name, peaks, errors = site_figures(report_data(), "key", "activation")
+    assert (peaks[2], errors) == ([1.25, 1.25], [[0.004, 0.004], [0.004, 0.004], [0.002, 0.002]])
+
+
+def test_sites_have_columns_for_tuned_where_the_run_is():
+    data = report_data()
+    assert sites(data).header == [*("site", "side", "peak before", "after", "tuned", "error before", "after", "tuned")]
+    assert sites(data).rows[2] == ["key", "keys", "20", "1.5", "1.25", "0.004", "0.004", "0.002"]
+    assert "the tuned block" in site_sentence(data)
+    untuned(data)
+    assert sites(data).header == ["site", "side", "peak before", "after", "error before", "after"]
+    assert sites(data).rows[2] == ["key", "keys", "20", "1.5", "0.004", "0.004"]
+    assert "tuned" not in site_sentence(data)
 
 
 def test_markdown_holds_every_table_and_no_html():
@@ -107,7 +155,7 @@ def test_markdown_holds_every_table_and_no_html():
     assert "<b>" not in text
     assert "\n# c" not in text
     assert "a &lt;b&gt;\\| # c" in text
-    for heading in ("## Results", "## What was done", "## Blocks", "## Sites"):
+    for heading in ("## Results", "## What was done", "## Blocks", "## Tuning", "## Sites"):
         assert heading in text
 
 
@@ -116,6 +164,7 @@ def test_markdown_of_a_run_that_has_hardly_begun_says_what_is_missing():
     assert "- tiny-run is missing" in text
     assert "## Sites" not in text
     assert "## Blocks" not in text
+    assert "## Tuning" not in text
 
 
 @pytest.mark.parametrize(

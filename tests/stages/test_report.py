@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flatq_cli.errors import UsageError
 from flatq_cli.stages.calibrate import calibrate, calibration_tokens, open_or_create_run
@@ -14,6 +15,7 @@ from flatq_cli.stages.fuse import fuse
 from flatq_cli.stages.report import gather, report, shown_blocks
 from flatq_cli.store.progress import SilentProgress
 from flatq_cli.store.run import Run
+from flatq_cli.transforms.kronecker import kronecker_matmul
 from tests.tiny import calibrated_run, source_of, tiny_model_dir, tiny_recipe
 
 TUNED = {"tune": {"steps": 2, "warmup": 1}}
@@ -74,6 +76,78 @@ def test_a_whole_run_lacks_nothing(whole: Run):
     assert all(row["rounding_error"] > 0 for row in data["blocks"])
     assert data["tuning"]["steps"] == 2
     assert data["tuning"]["divergence_before"] > 0
+    assert all(row["peak_memory_bytes"] > 2**20 for row in data["stages"])
+    assert data["comparison"][0]["memory_bytes"] == max(row["peak_memory_bytes"] for row in data["stages"][:3])
+
+
+def test_a_tuned_run_shows_the_activations_of_its_tuned_blocks(whole: Run, started: Run):
+    for block in gathered(whole)["flatness"]["blocks"]:
+        for site in block["sites"]:
+            after, tuned = site["activation"]["after"], site["activation"]["tuned"]
+            assert tuned["error"] > 0
+            assert tuned["by_channel"] != after["by_channel"]
+            assert len(tuned["by_channel"]) == len(after["by_channel"])
+    sites = gathered(started)["flatness"]["blocks"][0]["sites"]
+    assert all(site["activation"]["tuned"] is None for site in sites)
+
+
+def test_tuned_blocks_read_what_the_full_precision_blocks_read(whole: Run):
+    """Block 1's site before q, k and v: its input passes the tuned norm and matrices, and nothing quantized."""
+    source, stored = source_of(Path(whole.config.model.location)), {}
+    for file in sorted((whole.path / "fuse").glob("model-*.safetensors")):
+        stored |= load_file(file)
+    seen: list[torch.Tensor] = []
+    model = source.assemble()
+    norm = model.get_submodule("model.layers.1.input_layernorm")
+    norm.register_forward_hook(lambda module, arguments, output: seen.append(output / module.weight))
+    with torch.no_grad():
+        model(input_ids=calibration_tokens(whole, source))
+    site = "model.layers.1.sites.attn_in"
+    normed = seen[0].reshape(-1, source.shapes.hidden) * stored["model.layers.1.input_layernorm.weight"]
+    expected = kronecker_matmul(normed, stored[f"{site}.left"], stored[f"{site}.right"]).abs().amax(0)
+    shown = gathered(whole)["flatness"]["blocks"][1]["sites"][0]["activation"]["tuned"]["by_channel"]
+    assert shown == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_blocks_fused_from_another_calibration_are_not_shown(whole: Run, tmp_path: Path):
+    shutil.copytree(whole.path, tmp_path / "copy")
+    run = Run.open(tmp_path / "copy")
+    stage = run.stage("calibrate")
+    stage.begin()
+    stage.save("block-00000", "block-00000.safetensors", {**stage.load("block-00000"), "more": torch.ones(1)})
+    stage.finish()
+    sites = gathered(run)["flatness"]["blocks"][0]["sites"]
+    assert all(site["activation"]["tuned"] is None for site in sites)
+
+
+def with_curve(whole: Run, folder: Path) -> tuple[Run, Path]:
+    """A copy of the run whose tuning kept its divergences, and the file they are in."""
+    shutil.copytree(whole.path, folder / "copy")
+    run = Run.open(folder / "copy")
+    stage = run.stage("fuse/tune")
+    stage.begin(stage.manifest.inputs)
+    losses = torch.tensor([0.123456789, float("nan"), 0.1], dtype=torch.float64)
+    stage.save("curve", "curve.safetensors", {"divergence": losses})
+    stage.finish()
+    return run, stage.path / "curve.safetensors"
+
+
+def test_the_divergence_of_each_step_is_there_where_it_was_kept(whole: Run, tmp_path: Path):
+    data = gathered(with_curve(whole, tmp_path)[0])
+    assert data["tuning"]["curve"] == [0.12346, None, 0.1]
+    assert data["missing"] == []
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_curve_that_cannot_be_read_is_missing_and_no_error(whole: Run, tmp_path: Path, damage: str):
+    run, file = with_curve(whole, tmp_path)
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    data = gathered(run)
+    assert data["tuning"]["curve"] is None
+    assert data["missing"] == ["The divergence of each tuning step is not shown: its file is missing or damaged."]
 
 
 def test_a_run_that_is_only_calibrated_says_what_is_missing(started: Run):

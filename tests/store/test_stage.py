@@ -13,6 +13,7 @@ import torch
 from flatq_cli.errors import UsageError, WorkError
 from flatq_cli.store import atomic
 from flatq_cli.store.lock import unlock_run
+from flatq_cli.store.memory import Peak
 from flatq_cli.store.records import Item
 from flatq_cli.store.run import Run
 from flatq_cli.store.stage import Stage
@@ -136,6 +137,78 @@ def test_an_unfinished_stage_says_what_to_run_first(run):
     (stage.path / "a.safetensors").unlink()
     with pytest.raises(UsageError, match=r"a\.safetensors, which `flatq fuse` needs, is missing"):
         run.stage("calibrate").require_done("flatq fuse")
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """What the next looks at memory find."""
+    found = []
+    monkeypatch.setattr("flatq_cli.store.stage.take_peak", lambda: Peak(*(found.pop(0) if found else (1, None))))
+    return found
+
+
+def test_a_finished_stage_knows_the_largest_memory_that_its_parts_needed(run, peaks):
+    stage = run.stage("calibrate")
+    peaks[:] = [(9000, 9000), (500, None), (700, 40), (300, 60)]  # before it began; two items; the end
+    stage.begin()
+    stage.save("a", "a.safetensors", tensors(1))
+    stage.save("b", "b.safetensors", tensors(2))
+    stage.finish()
+    manifest = run.stage("calibrate").manifest
+    assert (manifest.peak_memory_bytes, manifest.peak_gpu_memory_bytes) == (700, 60)
+
+
+@pytest.mark.parametrize(("second", "largest"), [(200, 500), (800, 800)])
+def test_a_stage_that_goes_on_keeps_the_memory_of_what_was_done_before(run, peaks, second, largest):
+    stage = run.stage("calibrate")
+    peaks[:] = [(1, None), (500, None)]
+    stage.begin()
+    stage.save("a", "a.safetensors", tensors(1))
+
+    again = Run.open(run.path).stage("calibrate")  # killed here
+    peaks[:] = [(9000, None), (second, None)]
+    again.begin()
+    again.save("b", "b.safetensors", tensors(2))
+    again.finish()
+    assert run.stage("calibrate").manifest.peak_memory_bytes == largest
+
+
+def test_a_stage_inside_another_has_its_own_memory(run, peaks):
+    outer, inner = run.stage("fuse"), run.stage("fuse/tune")
+    peaks[:] = [(1, None), (1, None), (900, None), (200, None), (100, None), (100, None)]
+    outer.begin()
+    inner.begin()
+    outer.save("a", "a.safetensors", tensors(1))
+    inner.save("tuned", "tuned.safetensors", tensors(2))
+    inner.finish()
+    outer.finish()
+    assert run.stage("fuse").manifest.peak_memory_bytes == 900
+    assert run.stage("fuse/tune").manifest.peak_memory_bytes == 200
+
+
+def test_a_stage_that_starts_over_forgets_the_memory_it_needed(run, peaks):
+    stage = run.stage("fuse")
+    peaks[:] = [(1, None), (900, None)]
+    stage.begin({"calibrate": "old"})
+    stage.finish()
+    peaks[:] = [(1, None), (200, None)]
+    stage.begin({"calibrate": "new"})
+    stage.finish()
+    assert run.stage("fuse").manifest.peak_memory_bytes == 200
+
+
+def test_a_manifest_from_before_memory_was_recorded_is_read(run):
+    stage = run.stage("calibrate")
+    stage.begin()
+    stage.finish()
+    file = stage.path / "manifest.json"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("peak_")}
+    file.write_text(json.dumps(old))
+    assert run.stage("calibrate").done
+    assert run.stage("calibrate").manifest.peak_memory_bytes is None
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
+from flatq_cli.cli.process import keep_freed_memory
 from flatq_cli.cli.report import report
 from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
 from flatq_cli.config.presets import find_preset, load_preset, preset_names
@@ -62,6 +63,14 @@ Seqlen = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens in a window
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many windows, and questions of a task.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a forward pass.")]
 Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question of a task.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        help="A folder with the tasks' questions as JSON lines: no network (docs/evaluation.md).",
+    ),
+]
 Baseline = Annotated[str | None, typer.Option("--baseline", metavar="TARGET", help="A model to compare with.")]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write flatq.eval/1 JSON; - is stdout.")]
 
@@ -164,6 +173,7 @@ def evaluate(
     json_file: JsonFile = None,
     batch: Batch = 1,
     num_fewshot: Fewshot = None,
+    data_dir: DataDir = None,
     device: DeviceOption = Device.auto,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
@@ -172,9 +182,10 @@ def evaluate(
     """Measure perplexity on texts, and lm-eval tasks."""
     with command_errors(debug), open_progress(quiet) as progress:
         _check_writable(json_file)
-        data = _evaluate(
-            target or str(_last_run()),
-            progress,
+        from flatq_cli.stages import evaluate as stage
+
+        request = stage.EvalRequest(
+            target=target or str(_last_run()),
             tasks=_split(tasks),
             ppl=tuple(ppl),
             seqlen=seqlen,
@@ -184,8 +195,9 @@ def evaluate(
             device=resolve_device(device),
             num_fewshot=num_fewshot,
             trust_remote_code=trust_remote_code,
+            data_dir=data_dir,
         )
-        _write_eval(data, json_file)
+        _write_eval(stage.evaluate(request, progress).to_json(), json_file)
 
 
 @app.command()
@@ -203,6 +215,7 @@ def run(
     json_file: JsonFile = None,
     batch: Batch = 1,
     num_fewshot: Fewshot = None,
+    data_dir: DataDir = None,
     device: DeviceOption = Device.auto,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
@@ -217,21 +230,14 @@ def run(
         resolved = _resolve_recipe(model, recipe, overrides)
         _check_writable(json_file)
         from flatq_cli.stages import calibrate as calibrate_stage
+        from flatq_cli.stages import evaluate as evaluate_stage
         from flatq_cli.stages import export as export_stage
         from flatq_cli.stages import fuse as fuse_stage
 
         where = resolve_device(device)
-        opened = _open_or_create_run(model, recipe, resolved, run, trust_remote_code, progress)
-        results = {
-            "calibrate": calibrate_stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code),
-            "fuse": fuse_stage.fuse(opened, where, progress, trust_remote_code=trust_remote_code),
-            "export": export_stage.export(opened, format, None, progress),
-        }
-        if json_file != "-":
-            show_mapping(results)
-        data = _evaluate(
-            str(opened.path),
-            progress,
+        path = run or _default_run_dir(model, recipe)
+        request = evaluate_stage.EvalRequest(
+            target=str(path),
             tasks=_split(tasks),
             ppl=tuple(ppl) if ppl or _split(tasks) else ("auto",),
             seqlen=seqlen,
@@ -241,8 +247,18 @@ def run(
             device=where,
             num_fewshot=num_fewshot,
             trust_remote_code=trust_remote_code,
+            data_dir=data_dir,
         )
-        _write_eval(data, json_file)
+        evaluate_stage.check_request(request)
+        opened = _open_or_create_run(model, recipe, resolved, path, trust_remote_code, progress)
+        results = {
+            "calibrate": calibrate_stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code),
+            "fuse": fuse_stage.fuse(opened, where, progress, trust_remote_code=trust_remote_code),
+            "export": export_stage.export(opened, format, None, progress),
+        }
+        if json_file != "-":
+            show_mapping(results)
+        _write_eval(evaluate_stage.evaluate(request, progress).to_json(), json_file)
 
 
 @app.command()
@@ -330,6 +346,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry point of the `flatq` script."""
+    keep_freed_memory()
     with usage_errors():
         sys.exit(app(prog_name="flatq", standalone_mode=False))
 
@@ -384,12 +401,6 @@ def _last_run() -> Path:
     path = last_run()
     log(f"run: {path}")
     return path
-
-
-def _evaluate(target: str, progress: Progress, **options: Any) -> dict[str, Any]:
-    from flatq_cli.stages.evaluate import EvalRequest, evaluate
-
-    return evaluate(EvalRequest(target=target, **options), progress).to_json()
 
 
 def _split(names: Sequence[str]) -> tuple[str, ...]:

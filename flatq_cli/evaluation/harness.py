@@ -1,9 +1,10 @@
 """lm-eval tasks, run by the harness itself (`lm_eval.simple_evaluate`) on a model that is already loaded.
 
-Two kinds of task: any that lm-eval knows by name (its questions come from the Hugging Face hub), and `lastword:TEXT`,
-which needs no network: last-word prediction on any text (`configs/tasks/lastword.yaml`, `evaluation/lastword.py`).
-Other YAML tasks in `configs/tasks/` are found by name too. A task's questions are loaded before the model is asked
-anything, so that a wrong name or a missing network shows in seconds.
+Three kinds of task: any that lm-eval knows by name (its questions come from the Hugging Face hub), four of them on the
+files of a folder (`evaluation/local_tasks.py`), and `lastword:TEXT`: last-word prediction on any text
+(`configs/tasks/lastword.yaml`, `evaluation/lastword.py`). The last two need no network. Other YAML tasks in
+`configs/tasks/` are found by name too. A task's questions are loaded before the model is asked anything, so that a
+wrong name or a missing network shows in seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,6 +25,7 @@ from flatq_cli.config.locations import configs_dir
 from flatq_cli.config.validation import nearest
 from flatq_cli.errors import UsageError, WorkError
 from flatq_cli.evaluation.lastword import MIN_WORDS, passages
+from flatq_cli.evaluation.local_tasks import Questions, read_questions, task_file
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -48,38 +51,60 @@ _PROBE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks with their questions, ready to be asked, any number of times: from `load_tasks` for `run_tasks`."""
+    """Tasks with their questions, ready to be asked, any number of times: from `load_tasks` for `run_tasks`.
+
+    Attributes:
+        data: the questions that were read from a folder, by the names of their tasks.
+    """
 
     tasks: tuple[Task | Group, ...]
     manager: TaskManager
+    data: Mapping[str, Questions] = field(default_factory=dict)
 
 
-def load_tasks(names: Sequence[str], read_text: Callable[[str], Text]) -> TaskSet:
+def load_tasks(names: Sequence[str], read_text: Callable[[str], Text], data_dir: Path | None = None) -> TaskSet:
     """Find tasks and load their questions.
 
     Args:
         names: names of lm-eval tasks, groups or tags, and `lastword:TEXT`.
         read_text: reads the TEXT of a last-word task (`data.texts.load_text`).
+        data_dir: the folder with the questions of all tasks but last-word ones; None: the hub has them.
     Raises:
         UsageError: a task that does not exist (with the nearest name), runs code that a model wrote, needs a package
             that is not installed, or whose questions cannot be had; a text that holds no passage for `lastword`.
     """
     from lm_eval.tasks import TaskManager
 
-    local = all(name.split(":")[0] == LASTWORD for name in names)
+    names = list(dict.fromkeys(names))
+    data = {} if data_dir is None else local_questions(names, data_dir)
+    local = all(name in data or _is_lastword(name) for name in names)
     with _quiet():
-        # Reading the harness's 14,000 tasks takes seconds, and the last-word task needs none of them.
+        # Reading the harness's 14,000 tasks takes seconds, and local tasks need none of them.
         manager = TaskManager(include_path=str(configs_dir() / "tasks"), include_defaults=not local)
         for name in names:
-            if not name.startswith(_PREFIX):
+            if name not in data and not name.startswith(_PREFIX):
                 _check_name(name, manager)
         tasks: list[Task | Group] = []
         with contextlib.nullcontext() if local else _offline_unless_reachable():
-            for name in dict.fromkeys(names):
-                is_lastword = name.startswith(_PREFIX)
-                tasks += [_lastword_task(name, read_text, manager)] if is_lastword else _named_tasks(name, manager)
+            for name in names:
+                if name in data:
+                    tasks.append(_local_task(data[name], manager))
+                elif name.startswith(_PREFIX):
+                    tasks.append(_lastword_task(name, read_text, manager))
+                else:
+                    tasks += _named_tasks(name, manager)
     _check_distinct(tasks)
-    return TaskSet(tuple(tasks), manager)
+    return TaskSet(tuple(tasks), manager, data)
+
+
+def local_questions(names: Sequence[str], data_dir: Path) -> dict[str, Questions]:
+    """The questions in a folder of all tasks but last-word ones, by their names; imports neither torch nor lm-eval.
+
+    Raises:
+        UsageError: as `read_questions`.
+    """
+    asked = [name for name in dict.fromkeys(names) if not _is_lastword(name)]
+    return {questions.task: questions for questions in read_questions(asked, data_dir)}
 
 
 def run_tasks(
@@ -107,11 +132,12 @@ def run_tasks(
     """
     import torch
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from flatq_cli.evaluation.scoring import SharingLM
 
     with _quiet():
         # Log-softmax in float32: a bfloat16 near -4 is a multiple of 1/64, coarser than what quantization changes.
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
+        lm = SharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
         for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, method, _tracked(getattr(lm, method), progress, _SLICE * batch))
         try:
@@ -146,6 +172,10 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     """The numbers of a result; the harness mixes them with its names and with "N/A"."""
     numbers = {key: value for key, value in values.items() if isinstance(value, int | float) and "," in key}
     return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+
+
+def _is_lastword(name: str) -> bool:
+    return name.split(":")[0] == LASTWORD
 
 
 def _check_name(name: str, manager: TaskManager) -> None:
@@ -186,19 +216,32 @@ def _named_tasks(name: str, manager: TaskManager) -> list[Task | Group]:
 
 def _lastword_task(name: str, read_text: Callable[[str], Text], manager: TaskManager) -> Task:
     """The last-word task on one text; its results are kept under `lastword:` and the text's name."""
-    from datasets import Dataset
-
     text = read_text(name.removeprefix(_PREFIX))
     found = passages(text.content)
     if not found:
         raise UsageError(
             f"--tasks: '{name}' holds no passage: {MIN_WORDS} words or a few more that end with a sentence"
         )
-    rows = Dataset.from_list([asdict(passage) for passage in found])
-    task = f"{_PREFIX}{text.name}"
-    config = yaml.safe_load((configs_dir() / "tasks" / f"{LASTWORD}.yaml").read_text(encoding="utf-8"))
-    built = manager.load([{**config, "task": task, "custom_dataset": lambda **_: {"test": rows}}])
-    return built["tasks"][task]
+    file = configs_dir() / "tasks" / f"{LASTWORD}.yaml"
+    return _task_on(f"{_PREFIX}{text.name}", file, [asdict(passage) for passage in found], manager)
+
+
+def _local_task(questions: Questions, manager: TaskManager) -> Task:
+    """A task of the harness on questions from a folder."""
+    try:
+        return _task_on(questions.task, task_file(questions.task), questions.rows, manager)
+    except Exception as error:  # the harness tries its templates on the first question
+        raise UsageError(f"{questions.file}: lm-eval cannot ask its first question: {_one_line(error)}") from error
+
+
+def _task_on(name: str, file: Path, rows: Sequence[dict[str, Any]], manager: TaskManager) -> Task:
+    """The task of a YAML file on rows in memory: nothing is cached on the disk that could be stale next time."""
+    from datasets import Dataset
+
+    questions = Dataset.from_list(list(rows))
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    built = manager.load([{**config, "task": name, "custom_dataset": lambda **_: {"test": questions}}])
+    return built["tasks"][name]
 
 
 @contextlib.contextmanager

@@ -13,13 +13,14 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatq_cli.errors import UsageError
 from flatq_cli.store import atomic
+from flatq_cli.store.memory import Peak, take_peak
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.versions import package_versions
 
@@ -40,6 +41,7 @@ class EvalRequest:
     Attributes:
         target: a run, an exported directory, a model directory, a hub id, a preset or a GGUF file.
         tasks: lm-eval tasks, and `lastword:TEXT`. ppl: texts for perplexity, by name or file.
+        data_dir: the folder with the questions of the tasks; None: they come from the hub.
         seqlen: tokens in a window of a text. limit: windows of each text and questions of each task; None for all.
         baseline: a second target, measured in the same way. batch: questions in a forward pass.
         device: "cpu" or "cuda". num_fewshot: examples before a question; None: as the task says.
@@ -55,11 +57,17 @@ class EvalRequest:
     device: str = "cpu"
     num_fewshot: int | None = None
     trust_remote_code: bool = False
+    data_dir: Path | None = None
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What was measured; `to_json` gives schema `flatq.eval/1`."""
+    """What was measured; `to_json` gives schema `flatq.eval/1`.
+
+    Attributes:
+        data: where the questions of tasks from a folder were read: `file`, `sha256`, `questions`.
+        peak: the memory it took.
+    """
 
     target: str
     kind: Kind
@@ -70,6 +78,8 @@ class EvalResult:
     seconds: float
     gates: tuple[dict[str, Any], ...] = ()
     baseline: EvalResult | None = None
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peak: Peak = Peak()
 
     def to_json(self) -> dict[str, Any]:
         """The result in schema `flatq.eval/1`, ready for `json.dumps`: a figure that is not finite is None."""
@@ -86,11 +96,27 @@ class EvalResult:
                 task: {metric: _finite(value) for metric, value in metrics.items()}
                 for task, metrics in self.tasks.items()
             },
+            **({"data": self.data} if self.data else {}),
             "gates": list(self.gates),
             "versions": self.versions,
             "seconds": self.seconds,
+            "peak_memory_bytes": self.peak.resident,
+            "peak_gpu_memory_bytes": self.peak.gpu,
         }
         return result if self.baseline is None else {**result, "baseline": self.baseline.to_json()}
+
+
+def check_request(request: EvalRequest) -> None:
+    """Find what is wrong with a request without opening a model: its numbers, and the questions in its `data_dir`.
+
+    Raises:
+        UsageError: nothing to measure was asked for, a number makes no sense, or `data_dir` lacks a task's questions.
+    """
+    from flatq_cli.evaluation.harness import local_questions
+
+    _check(request)
+    if request.data_dir is not None:
+        local_questions(request.tasks, request.data_dir)
 
 
 def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
@@ -103,12 +129,13 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     from flatq_cli.evaluation.harness import load_tasks
     from flatq_cli.evaluation.targets import open_target
 
-    _check(request)
+    check_request(request)
+    take_peak()  # what was needed before is not the evaluation's
     started = time.monotonic()
     target = open_target(request.target, request.device, request.trust_remote_code)
     read_text = partial(_read_text, warn=progress.log)
     texts = _distinct([read_text(spec) for spec in dict.fromkeys(request.ppl)])
-    tasks = load_tasks(request.tasks, read_text) if request.tasks else None
+    tasks = load_tasks(request.tasks, read_text, request.data_dir) if request.tasks else None
     baseline = open_target(request.baseline, request.device, request.trust_remote_code) if request.baseline else None
 
     result = _measure(target, texts, tasks, request, progress, started)
@@ -129,6 +156,8 @@ def result_name(request: EvalRequest, texts: Sequence[str]) -> str:
     parts = [f"ppl-{'+'.join(texts)}-{request.seqlen}"] if texts else []
     if request.tasks:
         parts.append("tasks-" + "+".join(Path(task).stem if ":" in task else task for task in request.tasks))
+    if request.data_dir is not None:
+        parts.append(f"data-{request.data_dir.resolve().name}")
     if request.num_fewshot is not None:
         parts.append(f"fewshot-{request.num_fewshot}")
     if request.limit is not None:
@@ -154,6 +183,10 @@ def _check(request: EvalRequest) -> None:
     ):
         if value is not None and value < least:
             raise UsageError(f"{option}: {value} is less than {least}")
+    if request.data_dir is not None and not request.tasks:
+        raise UsageError(f"--data-dir {request.data_dir}: holds the questions of --tasks, and no task is given")
+    if request.data_dir is not None and request.num_fewshot:
+        raise UsageError("--num-fewshot: --data-dir has no examples beside the questions themselves; leave it out")
 
 
 def _read_text(spec: str, warn: Callable[[str], None]) -> Text:
@@ -205,6 +238,8 @@ def _measure(
         tasks=scores,
         versions=_versions(with_harness=tasks is not None),
         seconds=round(time.monotonic() - started, 3),
+        data={} if tasks is None else {name: questions.to_json() for name, questions in tasks.data.items()},
+        peak=take_peak(),
     )
 
 

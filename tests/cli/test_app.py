@@ -100,6 +100,7 @@ def stages(monkeypatch, tmp_path):
         "stages",
         "evaluate",
         EvalRequest=lambda **options: options,
+        check_request=record("check", lambda request: None),
         evaluate=record("eval", lambda *a, **k: FakeResult(FIGURES)),
     )
     fakes.inspect = module(
@@ -238,11 +239,13 @@ def test_eval_passes_everything_that_was_asked(stages):
     result = flatq(
         "eval", "runs/a", "--tasks", "piqa, arc_easy", "--tasks", "lastword", "--ppl", "a.txt", "--ppl", "wikitext2",
         "--seqlen", "512", "--limit", "8", "--baseline", "b/c", "--batch", "2", "--num-fewshot", "5", "--device", "cpu",
+        "--data-dir", "mirror",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert stages.calls[0][1][0] == {
         "target": "runs/a", "tasks": ("piqa", "arc_easy", "lastword"), "ppl": ("a.txt", "wikitext2"), "seqlen": 512,
         "limit": 8, "baseline": "b/c", "batch": 2, "device": "cpu", "num_fewshot": 5, "trust_remote_code": False,
+        "data_dir": Path("mirror"),
     }  # fmt: skip
 
 
@@ -278,9 +281,22 @@ def test_a_place_that_cannot_take_the_json_is_refused_before_anything_is_measure
 def test_run_does_all_four_stages_on_one_run(stages):
     result = flatq("run", "--model", "llama-3-8b", "--recipe", "rtn", "--ppl", "a.txt", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert stages.names() == ["open", "calibrate", "fuse", "export", "eval"]
+    assert stages.names() == ["check", "open", "calibrate", "fuse", "export", "eval"]
     assert stages.calls[-1][1][0]["target"] == "runs/llama-3-8b-rtn"
     assert "19.26" in result.stdout
+
+
+def test_run_refuses_wrong_questions_before_it_works(stages, monkeypatch):
+    monkeypatch.setattr(stages.evaluate, "check_request", failing(UsageError("piqa.jsonl:9: no field 'gold'")))
+    result = flatq("run", "--model", "llama-3-8b", "--tasks", "piqa", "--data-dir", "mirror", "--device", "cpu")
+    assert (result.exit_code, result.stderr) == (2, "flatq: piqa.jsonl:9: no field 'gold'\n")
+    assert stages.calls == []
+
+
+def test_run_hands_the_folder_of_questions_to_eval(stages):
+    flatq("run", "--model", "llama-3-8b", "--tasks", "piqa", "--data-dir", "mirror", "--device", "cpu")
+    assert stages.calls[-1][1][0]["data_dir"] == Path("mirror")
+    assert stages.calls[-1][1][0]["tasks"] == ("piqa",)
 
 
 def test_run_measures_something_even_if_nothing_was_asked(stages):

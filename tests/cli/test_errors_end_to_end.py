@@ -199,6 +199,17 @@ def test_nothing_to_evaluate(folder):
     says(error_of(2, "eval", RUN), "nothing to evaluate", "--ppl", "--tasks")
 
 
+def test_questions_that_are_not_in_their_folder(folder):
+    Path("mirror").mkdir()
+    Path("mirror/piqa.jsonl").write_text('{"query": "Question: x", "gold": 0}\n', encoding="utf-8")
+    asked = ("--data-dir", "mirror", "--tasks")
+    for command in (("eval", RUN), ("run", *CALIBRATE[1:], *SMALL)):
+        says(error_of(2, *command, *asked, "piqa"), "mirror/piqa.jsonl:1: no field 'choices'", "query, choices, gold")
+        says(error_of(2, *command, *asked, "arc_easy"), "--data-dir mirror", "arc_easy.jsonl")
+        says(error_of(2, *command, *asked, "mmlu"), "no task 'mmlu'", "arc_easy, piqa, winogrande, hellaswag")
+    says(error_of(2, "eval", RUN, "--data-dir", "nowhere", "--tasks", "piqa"), "--data-dir nowhere", "no such folder")
+
+
 # The model
 
 

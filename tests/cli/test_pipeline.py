@@ -29,7 +29,10 @@ TINY_CALIBRATION = (
     "--set", "calibration.data=text.txt", "--set", "calibration.samples=4", "--set", "calibration.seqlen=16",
 )  # fmt: skip
 QUESTIONS = ("--ppl", "story.txt", "--tasks", "lastword:story.txt", "--seqlen", "32", "--limit", "3")
-SCHEMA_KEYS = ["schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds"]
+SCHEMA_KEYS = [
+    "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds", "peak_memory_bytes",
+    "peak_gpu_memory_bytes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from flatq_cli.config.recipe_files import load_recipe
 from flatq_cli.errors import UsageError
 from flatq_cli.stages.calibrate import calibrate, open_or_create_run
-from flatq_cli.stages.evaluate import EvalRequest, EvalResult, evaluate, result_name
+from flatq_cli.stages.evaluate import EvalRequest, EvalResult, check_request, evaluate, result_name
 from flatq_cli.stages.export import export
 from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
@@ -79,13 +81,15 @@ def test_the_result_has_exactly_the_keys_of_the_schema(model_dir: Path, text: Pa
     asked = EvalRequest(str(model_dir), ppl=(str(text),), tasks=(f"lastword:{text}",), seqlen=32, limit=4)
     result = evaluate(asked, SilentProgress()).to_json()
     assert list(result) == [
-        "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds",
+        "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds", "peak_memory_bytes",
+        "peak_gpu_memory_bytes",
     ]  # fmt: skip
     assert (result["schema"], result["target"]) == ("flatq.eval/1", str(model_dir))
     assert (result["kind"], result["recipe"], result["gates"]) == ("float", None, [])
     assert result["perplexity"]["little-prose"].keys() == {"value", "tokens", "seqlen"}
     assert result["perplexity"]["little-prose"]["tokens"] == 4 * 32
     assert {"acc", "perplexity"} <= result["tasks"]["lastword:little-prose"].keys()
+    assert result["peak_memory_bytes"] > 1 << 20
     assert {"flatq", "torch", "transformers", "lm_eval"} <= result["versions"].keys()
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -172,6 +176,51 @@ def test_a_model_that_gives_nan_is_reported_and_does_not_crash(model_dir: Path, 
     assert any("null" in line for line in progress.lines)
 
 
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    """A folder with a few questions for `piqa`, half of which any model gets right."""
+    rows = [{"query": "Question: the old dog?", "choices": ["the", "a river"], "gold": index % 2} for index in range(8)]
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_tasks_from_a_folder_are_kept_by_their_plain_names_with_the_file_and_its_hash(run: Run, mirror: Path):
+    asked = EvalRequest(
+        str(run.path), tasks=("piqa",), data_dir=mirror, limit=6, batch=2, baseline=run.config.model.spec
+    )
+    result = evaluate(asked, SilentProgress()).to_json()
+    digest = hashlib.sha256((mirror / "piqa.jsonl").read_bytes()).hexdigest()
+    data = {"piqa": {"file": str(mirror / "piqa.jsonl"), "sha256": digest, "questions": 8}}
+    assert list(result["tasks"]) == ["piqa"]
+    assert result["tasks"]["piqa"]["acc"] == result["baseline"]["tasks"]["piqa"]["acc"] == 0.5
+    assert (result["data"], result["baseline"]["data"]) == (data, data)
+    (kept,) = run.path.glob("eval/tasks-piqa-data-mirror-limit-6-against-*.json")
+    assert json.loads(kept.read_text()) == result
+    assert "| piqa: acc | 0.5 | 0.5 |" in kept.with_suffix(".md").read_text()
+
+
+def test_wrong_questions_in_a_folder_are_found_before_the_model_is_opened(mirror: Path):
+    with (mirror / "piqa.jsonl").open("a") as file:
+        file.write('{"query": "Question: x", "choices": ["a", "b"]}\n')
+    with pytest.raises(UsageError, match=r"piqa\.jsonl:9: no field 'gold'"):
+        evaluate(EvalRequest("no/model", tasks=("piqa",), data_dir=mirror), SilentProgress())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"tasks": (), "ppl": ("pydoc",)}, "no task is given"),
+        ({"num_fewshot": 5}, "--num-fewshot: --data-dir has no examples"),
+        ({"tasks": ("mmlu",)}, "no task 'mmlu'; it knows arc_easy, piqa, winogrande, hellaswag"),
+    ],
+)
+def test_what_a_folder_of_questions_cannot_do_is_refused(mirror: Path, wrong: dict[str, Any], words: str):
+    with pytest.raises(UsageError, match=words):
+        check_request(EvalRequest("anything", **{"tasks": ("piqa",), "data_dir": mirror, **wrong}))
+
+
 def test_names_of_results_differ_where_the_request_does_and_fit_a_file_system():
     requests = [
         EvalRequest("run", ppl=("a",)),
@@ -180,6 +229,8 @@ def test_names_of_results_differ_where_the_request_does_and_fit_a_file_system():
         EvalRequest("run", ppl=("a",), baseline="full/model"),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt")),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), num_fewshot=5),
+        EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), data_dir=Path("some/mirror")),
+        EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), data_dir=Path(".")),
         EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(50))),
         EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(51))),
     ]

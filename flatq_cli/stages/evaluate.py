@@ -79,7 +79,7 @@ class EvalResult:
     gates: tuple[dict[str, Any], ...] = ()
     baseline: EvalResult | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    peak: Peak = Peak()
+    peak: Peak = field(default_factory=Peak)
 
     def to_json(self) -> dict[str, Any]:
         """The result in schema `flatq.eval/1`, ready for `json.dumps`: a figure that is not finite is None."""

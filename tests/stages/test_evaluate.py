@@ -81,8 +81,8 @@ def test_the_result_has_exactly_the_keys_of_the_schema(model_dir: Path, text: Pa
     asked = EvalRequest(str(model_dir), ppl=(str(text),), tasks=(f"lastword:{text}",), seqlen=32, limit=4)
     result = evaluate(asked, SilentProgress()).to_json()
     assert list(result) == [
-        "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds", "peak_memory_bytes",
-        "peak_gpu_memory_bytes",
+        "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds",
+        "peak_memory_bytes", "peak_gpu_memory_bytes",
     ]  # fmt: skip
     assert (result["schema"], result["target"]) == ("flatq.eval/1", str(model_dir))
     assert (result["kind"], result["recipe"], result["gates"]) == ("float", None, [])

@@ -1,7 +1,8 @@
-"""`flatq calibrate --dry-run`: what a calibration will learn, hold and take, from the model's configuration alone.
+"""`flatq calibrate --dry-run`: what a calibration will learn, hold and take, from the model's configuration alone; and how
+long fuse will take after it.
 
 Sites, shapes and parameters are exact. Memory counts the large tensors that are alive at once; time divides the FLOP
-of the run by the rate of a short float32 matmul on this machine, so it is an estimate for planning, within a factor
+of the stage by the rate of a short float32 matmul on this machine, so it is an estimate for planning, within a factor
 of two or so.
 """
 
@@ -27,6 +28,10 @@ WEIGHT_COPIES = 5
 SEARCH_COPIES = 5
 # A step costs forward, backward to inputs and backward to weights: three forwards.
 PASSES_PER_STEP = 3
+# GPTQ runs the blocks twice: to see what each linear reads, and with rounded weights for the next block.
+PASSES_OF_ROUNDING = 2
+# A token of tuning passes the full-precision model once, the quantized one forward, forward again and backward.
+PASSES_OF_TUNING = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class CalibrationPlan:
             "memory_bytes": self.memory_bytes,
             "artifact_bytes": self.blocks * self.parameters_per_block * FLOAT32,
             "seconds": self.seconds,
+            "fuse_seconds": self.fuse_seconds,
         }
 
     @property
@@ -104,14 +110,36 @@ class CalibrationPlan:
 
     @property
     def seconds(self) -> float:
-        """Estimated time: the forward passes, the moments, and the training steps."""
+        """Estimated time of calibrate: the forward passes, the moments, and the training steps."""
         spec = self.recipe.calibration
         tokens = spec.samples * spec.seqlen
-        attention = 2 * spec.seqlen * self.shapes.heads * self.shapes.head_dim
-        forward = 2 * tokens * (self.block_weights + attention)
-        moments = sum(2 * tokens * layout.width**2 for layout in self.layouts.values())
+        forward = tokens * self.flops_per_token
         training = spec.epochs * PASSES_PER_STEP * forward
-        return self.blocks * (3 * forward + moments + training) / self.flops_per_second
+        return self.blocks * (3 * forward + self._moments(tokens) + training) / self.flops_per_second
+
+    @property
+    def fuse_seconds(self) -> float:
+        """Estimated time of fuse: GPTQ's passes and moments, and tuning with the head's logits; folding and rounding
+        to nearest are quick. Of a text that is shorter than tuning reads, some is read again.
+        """
+        spec, tuning = self.recipe.calibration, self.recipe.tune
+        flops = 0.0
+        if self.recipe.weights.bits < 16 and self.recipe.weights.rounding == "gptq":
+            tokens = (spec.rounding_samples or spec.samples) * spec.seqlen
+            flops += self.blocks * (PASSES_OF_ROUNDING * tokens * self.flops_per_token + self._moments(tokens))
+        tokens = tuning.steps * spec.batch * spec.seqlen
+        head = 2 * self.vocabulary * self.shapes.hidden
+        flops += PASSES_OF_TUNING * tokens * (self.blocks * self.flops_per_token + head)
+        return flops / self.flops_per_second
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a block's forward pass."""
+        attention = 2 * self.recipe.calibration.seqlen * self.shapes.heads * self.shapes.head_dim
+        return 2 * (self.block_weights + attention)
+
+    def _moments(self, tokens: int) -> float:
+        return sum(2 * tokens * layout.width**2 for layout in self.layouts.values())
 
 
 def plan(model: str, recipe: Recipe, device: str, trust_remote_code: bool = False) -> CalibrationPlan:

@@ -62,6 +62,18 @@ def test_more_work_is_planned_as_more_time(tmp_path: Path, model: Path):
     assert 0 < short.seconds * short.flops_per_second < long.seconds * long.flops_per_second
 
 
+def test_rounding_by_gptq_and_every_step_of_tuning_are_planned_for_fuse(tmp_path: Path, model: Path):
+    def flops(rounding: str, steps: int) -> float:
+        made = planned(model, tmp_path, weights={"rounding": rounding}, tune={"steps": steps})
+        return made.totals()["fuse_seconds"] * made.flops_per_second
+
+    assert flops("nearest", 0) == 0
+    assert flops("gptq", 0) > 0
+    one, three = (flops("nearest", steps) for steps in (1, 3))
+    assert three == pytest.approx(3 * one)
+    assert flops("gptq", 1) == pytest.approx(flops("gptq", 0) + one)
+
+
 def test_no_weight_is_read(tmp_path: Path):
     """A model whose weights are not numbers at all can be planned."""
     model = tiny_model_dir(tmp_path, "llama")

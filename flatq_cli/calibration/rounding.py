@@ -3,23 +3,28 @@
 `nearest` looks at a weight alone. `gptq` looks at what its linear reads when everything before it is quantized already:
 the block runs on the quantized prefix's output, the second moment of each site's quantized output is taken, the linears
 that read it are rounded, and the next site of the same block then sees them rounded.
+
+The block runs site by site over all sequences. What does not change any more is not computed again: attention ends in
+o_proj and the MLP in down_proj, so once one of these is rounded, what it read is kept and the module around it is
+stood for by that one linear.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from flatq_cli.calibration.learnable import WEIGHT_CLIP, transforms_from_plain
-from flatq_cli.calibration.moments import Recorder
-from flatq_cli.calibration.precision import fast_matmuls
+from flatq_cli.calibration.moments import add_moment
+from flatq_cli.calibration.precision import fast_matmuls, matmul_dtype, with_fast_linears
 from flatq_cli.config.recipe import WeightSpec
-from flatq_cli.models.families import Family, Shapes
+from flatq_cli.models.families import Family, InputSite, Shapes
+from flatq_cli.models.source import run_block
 from flatq_cli.quantization.gptq import gptq_weight
 from flatq_cli.quantization.weights import dequantize_weight, round_weight
 from flatq_cli.runtime.folding import fold, online_tensors
@@ -92,28 +97,40 @@ def round_gptq(
     """Each weight by GPTQ, site after site in the order in which the block runs them.
 
     Args:
-        block: the stock float32 block with its sites attached, on the device that works; its own tensors are not used.
-        hidden: [samples, tokens, hidden], what the quantized blocks before this one put out, on any device.
+        block: the stock block with its sites attached; its own tensors are not used and may be on `meta`, and it is of
+            no use afterwards.
+        hidden: [samples, tokens, hidden], what the quantized blocks before this one put out, on any device; becomes
+            what this one puts out.
         kwargs: what the block is called with besides.
         batch: samples in a forward pass.
     Raises:
         WorkError: inputs that are not numbers.
     """
-    tensors = running_tensors(folded)
+    running = _BySite(running_block(block, running_tensors(folded)), family, hidden, kwargs, batch)
     rounded: Rounded = {}
     for site in family.sites:
-        moment = _input_moment(block, site.readers[0], tensors, hidden, kwargs, batch)
-        for linear in site.readers:
-            rounded[linear] = gptq_weight(
-                folded.parameters[f"{linear}.weight"].float(),
-                moment,
-                bits=spec.bits,
-                group=spec.group,
-                symmetric=spec.symmetric,
-                clip=folded.weight_clips.get(linear),
-            )
-            tensors[f"{linear}.weight"] = dequantize_weight(rounded[linear])
+        parts = _round_together(folded, site.readers, running.input_moment(site), spec)
+        running.settle(site, {linear: dequantize_weight(parts[linear]) for linear in site.readers})
+        rounded |= parts
+    running.finish()
     return rounded
+
+
+def _round_together(folded: FoldedBlock, linears: tuple[str, ...], moment: Tensor, spec: WeightSpec) -> Rounded:
+    """The linears that read one input, as the rows of one weight."""
+    weights = [folded.parameters[f"{linear}.weight"].float() for linear in linears]
+    clips = [folded.weight_clips[linear] for linear in linears if linear in folded.weight_clips]
+    together = gptq_weight(
+        torch.cat(weights),
+        moment,
+        bits=spec.bits,
+        group=spec.group,
+        symmetric=spec.symmetric,
+        clip=torch.cat(clips) if clips else None,
+    )
+    rows = [len(weight) for weight in weights]
+    parts = {name: torch.split(tensor, rows) for name, tensor in together.items()}
+    return {linear: {name: tensors[i].clone() for name, tensors in parts.items()} for i, linear in enumerate(linears)}
 
 
 def running_tensors(folded: FoldedBlock, rounded: Rounded | None = None) -> dict[str, Tensor]:
@@ -123,48 +140,126 @@ def running_tensors(folded: FoldedBlock, rounded: Rounded | None = None) -> dict
     return tensors | {f"sites.{name}": tensor for name, tensor in folded.sites.items()}
 
 
-@torch.no_grad()
-def run_with(
-    block: nn.Module, tensors: Mapping[str, Tensor], hidden: Tensor, kwargs: Mapping[str, Any], batch: int
-) -> Tensor:
-    """The block's output [samples, tokens, hidden] with `tensors` in place of its own; where `hidden` is.
-
-    Matmuls are in bf16 where that is faster: what is rounded against is a model's inputs, which have more noise than
-    that.
+def running_block(block: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """`block` with all of its parameters, and the tensors of its sites, set to `tensors`; in place. Its linears are in
+    bf16 where that is faster: what is rounded against is a model's inputs, which have more noise than that.
     """
-    device = next(iter(tensors.values())).device
-    outputs = torch.empty_like(hidden)
+    block.load_state_dict(dict(tensors), strict=True, assign=True)
+    return with_fast_linears(block, next(iter(tensors.values())).device)
+
+
+@torch.no_grad()
+def run_running(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """The output of a `running_block` for a batch [samples, tokens, hidden] on its device."""
+    with fast_matmuls(hidden.device):
+        return run_block(block, hidden, dict(kwargs))
+
+
+def _batches(hidden: Tensor, batch: int) -> Iterator[slice]:
     for first in range(0, hidden.shape[0], batch):
-        rows = slice(first, first + batch)
-        with fast_matmuls(device):
-            output = functional_call(block, dict(tensors), (hidden[rows].to(device),), dict(kwargs))
-        outputs[rows] = (output[0] if isinstance(output, tuple) else output).to(outputs)
-    return outputs
+        yield slice(first, min(first + batch, hidden.shape[0]))
 
 
-def _input_moment(
-    block: nn.Module,
-    linear: str,
-    tensors: Mapping[str, Tensor],
-    hidden: Tensor,
-    kwargs: Mapping[str, Any],
-    batch: int,
-) -> Tensor:
-    """The second moment, float32 [in, in], of what `linear` reads (behind its site's hook)."""
-    recorder = Recorder(tensors[f"{linear}.weight"].shape[1])
+class _BySite:
+    """A block that runs as far as a site, on all sequences, while what comes behind it is still to be rounded.
 
-    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        recorder(arguments[0])
-        raise _ReachedError  # what comes after it in the block does not matter here
+    Args:
+        block: a `running_block`; its modules are replaced. Others: as in `round_gptq`.
+    """
 
-    hook = block.get_submodule(linear).register_forward_pre_hook(record)
-    try:
-        for rows in torch.split(hidden, batch):
+    def __init__(self, block: nn.Module, family: Family, hidden: Tensor, kwargs: Mapping[str, Any], batch: int) -> None:
+        self.block, self.family, self.hidden, self.kwargs, self.batch = block, family, hidden, kwargs, batch
+        self.device = next(block.parameters()).device
+        self.inputs = _Inputs(self.device)
+
+    def input_moment(self, site: InputSite) -> Tensor:
+        """The second moment, float32 [width, width], of what the readers of `site` read."""
+        linear: Any = self.block.get_submodule(site.readers[0])
+        dtype = matmul_dtype(self.device)
+        moment = torch.zeros(linear.in_features, linear.in_features, device=self.device)
+        kept = self.hidden.new_empty(*self.hidden.shape[:2], linear.in_features, dtype=dtype)
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].to(dtype)
+            add_moment(moment, x.flatten(0, -2))
+            kept[self.inputs.rows] = x.to(kept.device)
+            raise _ReachedError  # what comes after it in the block does not matter here
+
+        hook = linear.register_forward_pre_hook(note)
+        for rows in _batches(self.hidden, self.batch):
+            self.inputs.rows = rows
             with contextlib.suppress(_ReachedError):
-                run_with(block, tensors, rows, kwargs, batch)
-    finally:
+                run_running(self.block, self.hidden[rows].to(self.device), self.kwargs)
         hook.remove()
-    return recorder.moment.float()
+        self.inputs.kept[site.name] = kept
+        return moment.div_(self.hidden.shape[0] * self.hidden.shape[1])
+
+    def settle(self, site: InputSite, weights: Mapping[str, Tensor]) -> None:
+        """Give the readers of `site` the weights they keep; what they read is not computed again."""
+        for linear, weight in weights.items():
+            module: Any = self.block.get_submodule(linear)
+            module.weight.data = weight.to(module.weight.dtype)
+        read = partial(self.inputs.of, site.name)
+        if site.producer is not None:
+            self.block.set_submodule(site.producer, _Known(read))
+            return
+        # The reader is the last step of the module around it, in whose place it stands from now on.
+        (reader,) = site.readers
+        around = reader.rpartition(".")[0]
+        self.block.set_submodule(around, _LastStep(module, read, around == self.family.attention))
+        for earlier in self.family.sites:
+            if earlier.producer is not None and earlier.name in self.inputs.kept:
+                self.block.set_submodule(earlier.producer, nn.Identity())
+                del self.inputs.kept[earlier.name]
+
+    def finish(self) -> None:
+        """When all sites are settled: `hidden` becomes the block's output."""
+        for rows in _batches(self.hidden, self.batch):
+            self.inputs.rows = rows
+            output = run_running(self.block, self.hidden[rows].to(self.device), self.kwargs)
+            self.hidden[rows] = output.to(self.hidden)
+
+
+class _Inputs:
+    """What linears read, of all sequences, for the stand-ins. Apart from the block, so that no cycle keeps this alive
+    when the block is rounded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rows = slice(0)
+        """The sequences that run at the moment."""
+        self.kept: dict[str, Tensor] = {}
+        """By site: [samples, tokens, width], in the dtype of matmuls, where the hidden states are."""
+
+    def of(self, site: str) -> Tensor:
+        """What the readers of `site` read of the sequences that run at the moment."""
+        return self.kept[site][self.rows].to(self.device)
+
+
+class _Known(nn.Module):
+    """Stands for a module whose output is known."""
+
+    def __init__(self, output: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.output()
+
+
+class _LastStep(nn.Module):
+    """Stands for a module whose last step is `linear`, when it is known what `linear` reads."""
+
+    def __init__(self, linear: Any, read: Callable[[], Tensor], attention: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.read, self.attention = read, attention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Not through the module `linear`: its hook would quantize what is quantized.
+        output = nn.functional.linear(self.read(), self.weight, self.bias)
+        return (output, None) if self.attention else output
 
 
 class _ReachedError(Exception):

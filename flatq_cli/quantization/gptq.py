@@ -1,17 +1,17 @@
 """GPTQ: rounding a weight so that the layer's output moves least, not the weight itself.
 
-Rounded to nearest, the errors of a row add up blindly. GPTQ goes through the inputs one by one: it rounds a column of
-the weight and lets the columns that are not rounded yet take up the error, as far as the inputs' second moment H =
-E[xᵀx] says that they can. Scales and zero points are fixed beforehand, from the clipped range of the weight as it
-came, so that what is stored looks like any other rounded weight.
+Rounded to nearest, the errors of a row add up blindly. GPTQ goes through the inputs one by one: before it rounds a
+column of the weight, it moves it to where it makes up best for the errors of the columns rounded before, as far as the
+inputs' second moment H = E[xᵀx] says that it can. Scales and zero points are fixed beforehand, from the clipped range
+of the weight as it came, so that what is stored looks like any other rounded weight.
 
-Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1: with U the upper Cholesky factor of H⁻¹, rounding column j
-with error e = (w_j - q_j) / U_jj subtracts e · U_jk from every later column k.
+Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, in the form of Babai's nearest plane (Chen et al., arXiv
+2507.18553), which takes one factorization and no inverse: with H = L Lᵀ the output moves by ‖(w - q) L‖², and entry k
+of that row is L_kk (w_k - q_k) + Σ_i>k L_ik (w_i - q_i). From the last column to the first, rounding
+w_k + Σ_i>k (L_ik / L_kk) (w_i - q_i) makes each entry as small as the codes allow.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,8 @@ from flatq_cli.errors import WorkError
 from flatq_cli.quantization.quantizers import code_range, quantize_grouped
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, code_dtype
 
-COLUMNS = 128  # columns rounded before the rest of the weight is updated by one matmul
+COLUMNS = 64  # columns that make up for all errors before them by one matmul, and for each other's one by one
 DAMPING_LIMIT = 1.0  # a share of the mean diagonal at which a moment is given up as no moment at all
-
-
-class _Order(NamedTuple):
-    """The order in which columns are rounded, and how to undo it."""
-
-    forward: Tensor
-    back: Tensor
 
 
 @torch.no_grad()
@@ -43,7 +36,8 @@ def gptq_weight(
     damping: float = 0.01,
     act_order: bool = True,
 ) -> dict[str, Tensor]:
-    """Round a weight to codes by GPTQ.
+    """Round a weight to codes by GPTQ. Its rows do not see each other: several linears that read the same input are
+    rounded at once, by one factorization, as the rows of one weight.
 
     Args:
         weight: float32 or float64 [out, in].
@@ -61,34 +55,35 @@ def gptq_weight(
     _, scale, zero = quantize_grouped(weight.float(), bits, group, symmetric, clip)
     diagonal = moment.diagonal()
     order = _order(diagonal, act_order)
-    factor = inverse_factor(moment[order.forward][:, order.forward], damping)
+    feedback = error_feedback(moment[order[:, None], order], damping)
 
     # Columns as rows: what one step touches is contiguous.
-    columns = weight.to(moment.dtype).T[order.forward].contiguous()
-    columns[(diagonal == 0)[order.forward]] = 0  # an input that is always 0: its weights are free, 0 rounds best
-    groups = order.forward // (group or weight.shape[1])
-    codes = _round_columns(columns, factor, scale.T.to(moment.dtype), zero, groups, code_range(bits, symmetric))
+    columns = weight.to(moment.dtype).T[order].contiguous()
+    columns[(diagonal == 0)[order]] = 0  # an input that is always 0: its weights are free, 0 rounds best
+    groups = order // (group or weight.shape[1])
+    codes = _round_columns(columns, feedback, scale.T.to(moment.dtype), zero, groups, code_range(bits, symmetric))
 
-    rounded = {CODES: codes[order.back].T.contiguous().to(code_dtype(bits, symmetric)), SCALE: scale.float()}
+    stored = torch.empty(codes.shape, dtype=code_dtype(bits, symmetric), device=codes.device)
+    stored[order] = codes.to(stored.dtype)
+    rounded = {CODES: stored.T.contiguous(), SCALE: scale.float()}
     return rounded if zero is None else {**rounded, ZERO: zero.to(torch.int32)}
 
 
-def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """U, upper triangular [n, n], with UᵀU = (moment + d·I)⁻¹; d is `damping` times the mean diagonal, or more if
-    need be.
+def error_feedback(moment: Tensor, damping: float) -> Tensor:
+    """What each column takes up of the errors of those after it: [n, n], unit lower triangular, entry (i, k) is
+    L_ik / L_kk with L Lᵀ = moment + d·I; d is `damping` times the mean diagonal, or more if need be.
 
     Raises:
         WorkError: as in `gptq_weight`.
     """
-    identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal().mean()
     while damping <= DAMPING_LIMIT:
-        lower, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                factor: Tensor = upper
-                return factor
+        damped = moment.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and torch.isfinite(lower.sum()):
+            feedback: Tensor = lower / lower.diagonal()
+            return feedback
         damping = max(10 * damping, 1e-6)
     raise WorkError(
         f"GPTQ: the second moment of a linear's input ({moment.shape[0]} wide) has no Cholesky factor, not even with "
@@ -97,37 +92,37 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     )
 
 
-def _order(diagonal: Tensor, act_order: bool) -> _Order:
-    forward = (
-        diagonal.argsort(descending=True, stable=True)
-        if act_order
-        else torch.arange(len(diagonal), device=diagonal.device)
-    )
-    return _Order(forward, forward.argsort())
+def _order(diagonal: Tensor, act_order: bool) -> Tensor:
+    """The inputs in the reverse of the order in which they are rounded."""
+    if act_order:
+        return diagonal.argsort(descending=True, stable=True).flip(0)
+    return torch.arange(len(diagonal), device=diagonal.device).flip(0)
 
 
 def _round_columns(
-    columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, groups: Tensor, codes_from_to: tuple[int, int]
+    columns: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    groups: Tensor,
+    codes_from_to: tuple[int, int],
 ) -> Tensor:
-    """The loop of algorithm 1.
+    """Codes [in, out], integral, in columns' dtype, chosen from the last column to the first.
 
     Args:
-        columns: [in, out], changed in place. factor: [in, in].
+        columns: [in, out]. feedback: [in, in].
         scale: [groups, out]. zero: [out, groups] or None. groups: [in], the group of each column.
-    Returns:
-        codes [in, out], integral, in columns' dtype.
     """
-    width = columns.shape[0]
     zeros = torch.zeros_like(scale) if zero is None else zero.T.to(scale.dtype)
+    offsets = zeros * scale
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     group_list = groups.tolist()
-    for first in range(0, width, COLUMNS):
-        last = min(first + COLUMNS, width)
-        for j in range(first, last):
-            s, z = scale[group_list[j]], zeros[group_list[j]]
-            torch.clamp((columns[j] / s).round_().add_(z), *codes_from_to, out=codes[j])
-            torch.div(columns[j] - (codes[j] - z) * s, factor[j, j], out=errors[j])
-            if j + 1 < last:
-                columns[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j], alpha=-1)
-        columns[last:].addmm_(factor[first:last, last:].T, errors[first:last], alpha=-1)
+    for last in range(len(columns), 0, -COLUMNS):
+        first = max(0, last - COLUMNS)
+        targets = torch.addmm(columns[first:last], feedback[last:, first:last].T, errors[last:])
+        for k in range(last - 1, first - 1, -1):
+            g, code = group_list[k], codes[k]
+            target = targets[k - first].addmv_(errors[k + 1 : last].T, feedback[k + 1 : last, k])
+            torch.addcdiv(zeros[g], target, scale[g], out=code).round_().clamp_(*codes_from_to)
+            torch.add(columns[k], offsets[g], out=errors[k]).addcmul_(code, scale[g], value=-1)
     return codes

@@ -15,10 +15,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flatq_cli.calibration.rounding import FoldedBlock, Rounded, fold_block, round_gptq, round_nearest, run_with
+from flatq_cli.calibration.precision import fast_matmuls
+from flatq_cli.calibration.rounding import (
+    FoldedBlock,
+    Rounded,
+    fold_block,
+    round_gptq,
+    round_nearest,
+    running_block,
+)
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.locate import locate
-from flatq_cli.models.source import BlockSource, open_source
+from flatq_cli.models.source import BlockSource, open_source, run_in_batches
 from flatq_cli.quantization.weights import dequantize_weight
 from flatq_cli.runtime.fused import dequantized
 from flatq_cli.runtime.layout import SiteLayout, block_layout
@@ -71,8 +79,8 @@ def fuse(run: Run, device: str, progress: Progress, trust_remote_code: bool = Fa
             tensors, error = fuse_block(source, index, calibration, recipe, layouts, torch.device(device), prefix)
             _save(stage, source, index, tensors, {"rounding_error": error}, item_started)
             progress.note(f"rounding error {error:.5f}")
-        if prefix is not None and index < missing[-1]:
-            prefix.advance(index, tensors if index in missing else stage.load(name))
+        elif prefix is not None:
+            prefix.run(index, stage.load(name))
     if not stage.complete(EDGES):
         _save(stage, source, source.num_blocks, source.edge_tensors(), {}, time.monotonic())
     tuned = tune(run, stage, tuning, source, layouts, torch.device(device), progress) if recipe.tune.steps else {}
@@ -156,20 +164,22 @@ class Prefix:
         self.kwargs = [to_device(kwargs, device) for kwargs in source.block_kwargs(self.hidden[:1])]
 
     def round(self, folded: FoldedBlock, index: int, spec: WeightSpec) -> Rounded:
-        """Round block `index` against the prefix."""
+        """Round block `index` against the prefix, and go on behind it."""
         block, kwargs = self._block(index), self.kwargs[index]
         return round_gptq(folded, block, self.source.family, spec, self.hidden, kwargs, self.batch)
 
-    def advance(self, index: int, fused: dict[str, Tensor]) -> None:
-        """Run block `index` as it was fused; the next block's prefix."""
+    def run(self, index: int, fused: dict[str, Tensor]) -> None:
+        """Go on behind block `index`, rounded by an earlier call."""
         prefix = f"{self.source.family.layers}.{index}."
         own = {name.removeprefix(prefix): tensor for name, tensor in fused.items()}
         tensors = {name: tensor.to(self.device, torch.float32) for name, tensor in dequantized(own).items()}
-        self.hidden = run_with(self._block(index), tensors, self.hidden, self.kwargs[index], self.batch)
+        block = running_block(self._block(index), tensors)
+        with fast_matmuls(self.device):
+            run_in_batches(block, self.hidden, self.kwargs[index], self.batch, self.device, into=self.hidden)
 
     def _block(self, index: int) -> nn.Module:
-        block = self.source.block(index, device=self.device)
-        return attach_sites(block, self.source.family, online_sites(self.layouts)).to(self.device)
+        block = self.source.empty_block(index, self.device)
+        return attach_sites(block, self.source.family, online_sites(self.layouts))
 
 
 def shard_name(index: int, count: int) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import contextlib
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatq_cli.calibration import rounding
-from flatq_cli.calibration.rounding import FoldedBlock, fold_block, round_gptq, round_nearest, run_with, running_tensors
+from flatq_cli.calibration.moments import add_moment
+from flatq_cli.calibration.rounding import (
+    FoldedBlock,
+    fold_block,
+    round_gptq,
+    round_nearest,
+    run_running,
+    running_block,
+    running_tensors,
+)
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.quantization.gptq import gptq_weight
 from flatq_cli.quantization.weights import CODES, SCALE
@@ -28,59 +37,103 @@ def folded_block(ready: Prepared, recipe: Recipe = RECIPE) -> FoldedBlock:
 
 
 def sited_block(ready: Prepared, recipe: Recipe = RECIPE) -> torch.nn.Module:
+    """Without its weights: what it runs with is set by whoever uses it."""
     source = ready.source
-    return attach_sites(source.block(0), source.family, online_sites(ready.layouts(recipe)))
+    return attach_sites(source.empty_block(0), source.family, online_sites(ready.layouts(recipe)))
 
 
 def gptq(ready: Prepared, folded: FoldedBlock, **options: Any) -> dict[str, dict[str, Tensor]]:
-    arguments: dict[str, Any] = {"hidden": ready.hidden, "kwargs": ready.kwargs, "batch": 3} | options
+    arguments: dict[str, Any] = {"hidden": ready.hidden.clone(), "kwargs": ready.kwargs, "batch": 3} | options
     return round_gptq(folded, sited_block(ready), ready.source.family, RECIPE.weights, **arguments)
+
+
+def output(ready: Prepared, folded: FoldedBlock, rounded: dict[str, dict[str, Tensor]] | None, batch: int) -> Tensor:
+    """The block's own, with the linears in `rounded` rounded."""
+    block = running_block(sited_block(ready), running_tensors(folded, rounded))
+    return torch.cat([run_running(block, rows, ready.kwargs) for rows in ready.hidden.split(batch)])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_gptq_moves_the_blocks_output_less_than_the_nearest_codes(tmp_path: Path, name: str):
     ready = prepare(tmp_path, name, samples=16, seqlen=32)
     folded = folded_block(ready)
-    block = sited_block(ready)
-    exact = run_with(block, running_tensors(folded), ready.hidden, ready.kwargs, 4)
+    exact = output(ready, folded, None, 4)
     error = {}
     for kind, rounded in (
         ("nearest", round_nearest(folded, ready.source.family, RECIPE.weights)),
         ("gptq", gptq(ready, folded)),
     ):
-        output = run_with(block, running_tensors(folded, rounded), ready.hidden, ready.kwargs, 4)
-        error[kind] = float((output - exact).pow(2).sum())
+        error[kind] = float((output(ready, folded, rounded, 4) - exact).pow(2).sum())
     assert error["gptq"] < 0.9 * error["nearest"]
 
 
+@pytest.mark.parametrize("site", ["attn_in", "attn_out", "mlp_in", "mlp_out"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_each_linear_is_rounded_against_what_it_reads_when_all_before_it_are_rounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, site: str
 ):
-    """down_proj's codes, from inputs noted in a run of the block whose other linears are rounded already."""
-    monkeypatch.setattr(rounding, "fast_matmuls", lambda device: contextlib.nullcontext())
-    ready = prepare(tmp_path, samples=16, seqlen=32)
-    folded = folded_block(ready)
+    """Its codes, from inputs noted in one run of the whole block whose linears before it are rounded already."""
+    ready = prepare(tmp_path, name, samples=16, seqlen=32)
+    folded, family = folded_block(ready), ready.source.family
     rounded = gptq(ready, folded)
-    block = sited_block(ready)
-    seen: list[Tensor] = []
-    block.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    before = {linear: parts for linear, parts in rounded.items() if linear != "mlp.down_proj"}
-    run_with(block, running_tensors(folded, before), ready.hidden, ready.kwargs, 16)
-    rows = torch.cat(seen).flatten(0, 1)
-    weight = folded.parameters["mlp.down_proj.weight"].float()
-    clip = folded.weight_clips["mlp.down_proj"]
-    moment = (rows.T @ rows) / len(rows)
-    expected = gptq_weight(weight, moment, bits=4, group=0, symmetric=True, clip=clip)
-    same = (rounded["mlp.down_proj"][CODES] == expected[CODES]).float().mean()
-    assert same > 0.99  # the moment of one large batch differs from that of small ones in the last bits
-    assert torch.equal(rounded["mlp.down_proj"][SCALE], expected[SCALE])
+    linears = family.site(site).readers
+    before = {linear: rounded[linear] for linear in family.linears[: family.linears.index(linears[0])]}
+    for linear in linears:
+        block = running_block(sited_block(ready), running_tensors(folded, before))
+        seen: list[Tensor] = []
+        block.get_submodule(linear).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        run_running(block, ready.hidden, ready.kwargs)
+        (rows,) = (x.flatten(0, 1) for x in seen)
+        expected = gptq_weight(
+            folded.parameters[f"{linear}.weight"].float(),
+            rows.T @ rows / len(rows),
+            bits=4,
+            group=0,
+            symmetric=True,
+            clip=folded.weight_clips[linear],
+        )
+        same = (rounded[linear][CODES] == expected[CODES]).float().mean()
+        assert same > 0.99  # the moment of one large batch differs from that of small ones in the last bits
+        assert torch.equal(rounded[linear][SCALE], expected[SCALE])
 
 
-def test_the_blocks_own_tensors_and_hooks_stay_as_they_were(tmp_path: Path):
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_the_prefix_goes_on_with_what_the_rounded_block_puts_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bf16: bool
+):
+    """Though modules whose output is known did not run again."""
+    if bf16:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    ready = prepare(tmp_path, name)
+    folded, hidden = folded_block(ready), ready.hidden.clone()
+    rounded = gptq(ready, folded, hidden=hidden)
+    assert torch.equal(hidden, output(ready, folded, rounded, 3))
+    assert not torch.equal(hidden, ready.hidden)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_moment_of_bf16_inputs_is_summed_in_float32(autocast: bool):
+    rows = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moment = torch.ones(96, 96)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        add_moment(moment, rows)
+    exact = rows.double().T @ rows.double() + 1
+    assert float((moment - exact).abs().max()) < 1e-6 * float(exact.abs().max())
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+
+
+def test_a_rounded_block_and_what_it_kept_are_gone_when_it_is_done(tmp_path: Path):
+    """By reference counts: cycles would keep blocks, and the inputs of all their linears, until some collection."""
     ready = prepare(tmp_path)
-    block = sited_block(ready)
-    state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    hooks = len(block.get_submodule("mlp.down_proj")._forward_pre_hooks)
-    round_gptq(folded_block(ready), block, ready.source.family, RECIPE.weights, ready.hidden, ready.kwargs, 4)
-    assert len(block.get_submodule("mlp.down_proj")._forward_pre_hooks) == hooks
-    assert all(torch.equal(tensor, state[name]) for name, tensor in block.state_dict().items())
+    block, folded = sited_block(ready), folded_block(ready)
+    alive = weakref.ref(block)
+    gc.collect()
+    gc.disable()
+    try:
+        round_gptq(folded, block, ready.source.family, RECIPE.weights, ready.hidden, ready.kwargs, 4)
+        del block
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatq_cli.errors import WorkError
-from flatq_cli.quantization.gptq import gptq_weight, inverse_factor
+from flatq_cli.quantization.gptq import error_feedback, gptq_weight
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight, groups_of, round_weight
 
 
@@ -71,6 +71,17 @@ def test_the_layers_output_moves_less_than_with_the_nearest_codes(seed, width, b
     assert output_error(weight, rounded, x) < output_error(weight, nearest, x)
 
 
+@pytest.mark.parametrize(("group", "symmetric"), [(0, True), (16, False)])
+def test_linears_that_read_one_input_may_be_rounded_as_one(group, symmetric):
+    x = correlated_inputs(300, 96)
+    weights = [torch.randn(out, 96, generator=torch.Generator().manual_seed(out)) for out in (7, 12)]
+    options = {"bits": 4, "group": group, "symmetric": symmetric, "clip": None}
+    together = gptq_weight(torch.cat(weights), x.T @ x, **options)
+    alone = [gptq_weight(weight.double(), x.T @ x, **options) for weight in weights]
+    for name, tensor in together.items():
+        assert torch.equal(tensor, torch.cat([parts[name] for parts in alone]))
+
+
 def test_independent_inputs_of_equal_size_leave_nothing_to_compensate():
     weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     rounded = gptq_weight(weight, torch.eye(32), bits=4, group=8, symmetric=True, clip=None)
@@ -88,9 +99,10 @@ def test_an_input_that_is_always_zero_costs_nothing_and_gets_the_code_of_zero():
 def test_a_singular_moment_is_damped_until_it_has_a_factor():
     x = correlated_inputs(3, 64)  # rank 3
     moment = (x.T @ x).float()
-    factor = inverse_factor(moment, damping=0.0)
-    assert torch.isfinite(factor).all()
-    assert torch.equal(factor, factor.triu())
+    feedback = error_feedback(moment, damping=0.0)
+    assert torch.isfinite(feedback).all()
+    assert torch.equal(feedback, feedback.tril())
+    assert torch.equal(feedback.diagonal(), torch.ones(64))
 
 
 @pytest.mark.parametrize("moment", [torch.full((4, 4), torch.nan), torch.zeros(4, 4), -torch.eye(4)])

@@ -5,7 +5,7 @@
 #   make lint    ruff and mypy
 #   make kernel-report   what is known of the CUDA kernels without a GPU (docs/benchmarks/kernels-static.md)
 #   make gpu-check       on a GPU: the kernels' tests, compute-sanitizer and benchmark; needs no setup but torch, CuPy, pytest
-#   make accuracy FLATQ_DATA=DIR   perplexity of the recipes on the WikiText-2 text in DIR (docs/benchmarks/accuracy.md)
+#   make accuracy FLATQ_DATA=DIR   every method in every format on the texts and tasks in DIR: hours (docs/benchmarks/accuracy.md)
 
 PYTHON ?= python3
 # Which torch the environment gets. Users may have any torch >= 2.9; one version here keeps figures comparable.
@@ -48,17 +48,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ACCURACY_RECIPES ?= rtn hadamard balanced flatq
-ACCURACY_EVAL = --ppl $(FLATQ_DATA)/wikitext2-eval.txt --seqlen 2048 --limit 8
-
 accuracy: setup
-	@test -n "$(FLATQ_DATA)" || { echo "make accuracy: set FLATQ_DATA to the folder of wikitext2-*.txt" >&2; exit 2; }
-	$(BIN)/flatq eval smollm2-135m $(ACCURACY_EVAL) --json runs/accuracy/full-precision.json
-	for recipe in $(ACCURACY_RECIPES); do \
-	  $(BIN)/flatq run --model smollm2-135m --recipe $$recipe --run runs/accuracy/$$recipe \
-	    --set calibration.data=$(FLATQ_DATA)/wikitext2-calib.txt $(ACCURACY_EVAL) || exit 1; \
-	done
-	$(BIN)/flatq compare runs/accuracy/full-precision.json $(addprefix runs/accuracy/,$(ACCURACY_RECIPES))
+	@test -n "$(FLATQ_DATA)" || { echo "make accuracy: set FLATQ_DATA to the folder of wikitext2-*.txt and the tasks" >&2; exit 2; }
+	$(BIN)/python -m tests.benchmarks.accuracy --data $(FLATQ_DATA) $(ACCURACY)
 
 kernel-report: setup
 	$(BIN)/python -m tests.kernels.report

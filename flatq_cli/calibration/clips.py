@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flatq_cli.calibration.moments import Recorder, output_moment_by_head, weight_moment
-from flatq_cli.calibration.precision import fast_matmuls
+from flatq_cli.calibration.precision import matmul_dtype
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.quantization.quantizers import fake_quantize, fake_quantize_grouped
@@ -44,7 +44,7 @@ def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Ten
     """
     out, width = weight.shape
     groups = groups_of(width, spec.group)
-    moment = moment.to(weight)
+    moment = moment.to(weight.device, matmul_dtype(weight.device))
 
     def error(factors: Tensor) -> Tensor:
         clip = factors[..., None].expand(out, groups, 2)
@@ -63,7 +63,7 @@ def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Te
         rows: float32 [rows, width], a sample of transformed activations.
         gram: [width, width], what weighs an error of a row: Σ WᵀW of its readers in the transformed basis.
     """
-    gram = gram.to(rows)
+    gram = gram.to(rows.device, matmul_dtype(rows.device))
 
     def error(factor: Tensor) -> Tensor:
         residual = rows - fake_quantize(rows, layout.bits, layout.symmetric, factor.expand(2))
@@ -73,9 +73,8 @@ def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Te
 
 
 def _product(residual: Tensor, matrix: Tensor) -> Tensor:
-    """In bf16 where that is faster: errors of neighbouring factors differ by more than it rounds."""
-    with fast_matmuls(residual.device):
-        return residual @ matrix
+    """In the matrix's dtype: bf16 where that is faster, which rounds less than neighbouring factors differ."""
+    return residual.to(matrix.dtype) @ matrix
 
 
 def _least(error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

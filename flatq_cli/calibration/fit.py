@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flatq_cli.calibration.learnable import BlockParameters
-from flatq_cli.calibration.precision import fast_matmuls
+from flatq_cli.calibration.precision import fast_matmuls, matmul_dtype
 from flatq_cli.config.recipe import CalibrationSpec, WeightSpec
 from flatq_cli.errors import WorkError
 from flatq_cli.models.families import Family, Shapes
@@ -158,6 +158,9 @@ def evaluate_block(
 ) -> float:
     """The mean of `measure` over all samples."""
     tensors = block.tensors(learnable)
+    # Cast once, not in every batch.
+    weights = {f"{linear}.weight" for linear in block.family.linears}
+    tensors |= {name: tensors[name].to(matmul_dtype(device)) for name in weights}
     total = 0.0
     for first in range(0, inputs.shape[0], batch):
         target = targets[first : first + batch].to(device).float()

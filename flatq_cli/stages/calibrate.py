@@ -6,12 +6,13 @@ first block it has not saved: the blocks before it are only run forward again, t
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatq_cli.calibration.clips import ClipStart, fixed_clips, searched_clips
 from flatq_cli.calibration.fit import FitResult, QuantizedBlock, fit_block
@@ -67,10 +68,16 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
         block_started = time.monotonic()
         missing = not stage.complete(names[index])
         recorded = recorders(source.family, source.shapes, sites) if missing else {}
-        targets = _full_precision(source, index, hidden, kwargs[index], recorded, recipe, torch_device)
+        block = source.block(index, device=torch_device)
+        # The block that is fitted stays as it was read: the full-precision pass may take its linears in bf16.
+        full_precision = attach_sites(copy.deepcopy(block) if missing else block, source.family, recorded)
+        targets = _run(full_precision, hidden, kwargs[index], recipe, torch_device)
+        del full_precision
         if missing:
             _check_finite(source, index, targets)
-            tensors, fit = _fit(source, index, recipe, layouts, recorded, hidden, targets, kwargs[index], torch_device)
+            tensors, fit = _fit(
+                source, index, block, recipe, layouts, recorded, hidden, targets, kwargs[index], torch_device
+            )
             _save(stage, index, tensors, fit, time.monotonic() - block_started)
             progress.note(f"loss {fit.loss_before:.5f} → {fit.loss_after:.5f}")
         hidden = targets
@@ -170,29 +177,17 @@ def _check_finite(source: BlockSource, index: int, targets: Tensor) -> None:
     raise WorkError(f"block {index}: the full-precision output is not a number ({why}): check the model's files")
 
 
-@torch.no_grad()
-def _full_precision(
-    source: BlockSource,
-    index: int,
-    hidden: Tensor,
-    kwargs: dict[str, Any],
-    recorded: dict[str, Recorder],
-    recipe: Recipe,
-    device: torch.device,
-) -> Tensor:
-    """The full-precision output of block `index` for `hidden`, [samples, tokens, hidden]; fills the recorders on the
-    way.
-    """
-    block = attach_sites(source.block(index, device=device), source.family, recorded)
+def _run(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], recipe: Recipe, device: torch.device) -> Tensor:
+    """The full-precision output of a block for `hidden`, [samples, tokens, hidden]; fills its recorders on the way."""
+    block = with_fast_linears(block, device)
     with fast_matmuls(device):
-        return run_in_batches(
-            with_fast_linears(block, device), hidden, to_device(kwargs, device), recipe.calibration.batch, device
-        )
+        return run_in_batches(block, hidden, to_device(kwargs, device), recipe.calibration.batch, device)
 
 
 def _fit(
     source: BlockSource,
     index: int,
+    block: nn.Module,
     recipe: Recipe,
     layouts: dict[str, SiteLayout],
     recorded: dict[str, Recorder],
@@ -201,9 +196,9 @@ def _fit(
     kwargs: dict[str, Any],
     device: torch.device,
 ) -> tuple[dict[str, Tensor], FitResult]:
-    """Start and train block `index`; its tensors as they are stored."""
+    """Start and train `block`, which is the model's block `index`; its tensors as they are stored."""
     generator = torch.Generator().manual_seed(recipe.calibration.seed * 100_003 + index)
-    block = attach_sites(source.block(index, device=device), source.family, online_sites(layouts)).to(device)
+    block = attach_sites(block, source.family, online_sites(layouts)).to(device)
     quantized = QuantizedBlock(block, source.family, source.shapes, recipe.weights)
     starts = starting_transforms(
         recipe.transform, layouts, source.family, source.shapes, quantized.parameters, recorded, generator

@@ -1,5 +1,5 @@
-"""`flatq calibrate --dry-run`: what a calibration will learn, hold and take, from the model's configuration alone; and how
-long fuse will take after it.
+"""`flatq calibrate --dry-run`: what a calibration will learn, hold and take, from the model's configuration alone;
+and how long fuse will take after it.
 
 Sites, shapes and parameters are exact. Memory counts the large tensors that are alive at once; time divides the FLOP
 of the stage by the rate of a short float32 matmul on this machine, so it is an estimate for planning, within a factor

@@ -5,7 +5,6 @@ tests start follow it too.
 """
 
 import os
-import sys
 
 import pytest
 
@@ -23,11 +22,13 @@ if settings is not None:
     settings.load_profile("flatq")
 
 
-@pytest.fixture(autouse=True)
-def _float32_matmuls(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="session", autouse=True)
+def _float32_matmuls():
     """In this process matmuls are in float32, also on a CPU that has bf16 (calibration/precision.py): figures do not
     depend on the machine. Tests of what bf16 does turn it on themselves.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield

@@ -189,6 +189,7 @@ def test_quiet_leaves_the_name_of_the_run_only_and_json_to_stdout_can_be_piped(t
     piped, written = json.loads(said.stdout), json.loads((folder / "out.json").read_text(encoding="utf-8"))
     for result in (piped, written):
         assert result.pop("seconds") > 0
+        assert result.pop("peak_memory_bytes") > 0
     assert piped == written
 
 

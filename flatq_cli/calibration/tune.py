@@ -206,7 +206,7 @@ class Tuner:
         """One step; returns the divergence before it.
 
         Args:
-            blocks: block i, ready to run, on hidden's device; called twice for each.
+            blocks: block i, ready to run, on hidden's device; asked for once or twice in a step.
             head: final norm and head, hidden → logits.
             hidden: [batch, tokens, hidden], what block 0 reads. target: what the full-precision model's last block puts
                 out for the same tokens.
@@ -246,8 +246,8 @@ class Tuner:
                 parameter.copy_(state[f"{i}.value"])
                 names = [name for name in ("exp_avg", "exp_avg_sq", "step") if f"{i}.{name}" in state]
                 if names:
-                    place = {name: parameter.device if name != "step" else "cpu" for name in names}
-                    self.optimizer.state[parameter] = {n: state[f"{i}.{n}"].clone().to(place[n]) for n in names}
+                    # The fused AdamW counts its steps where the parameter is.
+                    self.optimizer.state[parameter] = {n: state[f"{i}.{n}"].clone().to(parameter.device) for n in names}
 
 
 def _rate(step: int, settings: TuneSettings) -> float:

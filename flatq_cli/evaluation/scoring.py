@@ -31,6 +31,9 @@ _SHARED = 4
 _NODES = 256
 """A tree grows to so many tokens, or to twice its first pair: attention between its branches is masked, not free."""
 
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""What some models do to their head's logits, by the names of their configs; here the head is all there is."""
+
 _ROWS = 256
 """Rows of logits that are held in float32 at a time: 256 x 128k words is 128 MiB."""
 
@@ -115,6 +118,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
         """The most tokens that every token of a sequence may attend to; 0 where a tree cannot be read."""
         config = self.model.config
         if config.model_type not in supported_model_types() or config._attn_implementation not in ("sdpa", ATTENTION):
+            return 0
+        if any(getattr(config, name, None) for name in _AFTER_THE_HEAD):
             return 0
         window = getattr(config, "sliding_window", None)
         return int(self.max_length if window is None else min(self.max_length, window))

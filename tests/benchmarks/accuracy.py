@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,14 +38,10 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 class Method(NamedTuple):
-    """A row of the table: a bundled recipe with some keys changed.
-
-    `calibrated_by`: the method whose calibration it shares, where they differ only in what comes after.
-    """
+    """A row of the table: a bundled recipe with some keys changed."""
 
     recipe: str
     changed: Mapping[str, Any] = {}
-    calibrated_by: str | None = None
 
 
 METHODS = {
@@ -57,9 +52,7 @@ METHODS = {
     "balanced": Method("balanced"),
     "balanced, GPTQ": Method("balanced", {"weights.rounding": "gptq", "calibration.rounding_samples": 64}),
     "flatquant": Method("flatquant"),
-    "flatquant, GPTQ": Method(
-        "flatquant", {"weights.rounding": "gptq", "calibration.rounding_samples": 64}, calibrated_by="flatquant"
-    ),
+    "flatquant, GPTQ": Method("flatquant", {"weights.rounding": "gptq", "calibration.rounding_samples": 64}),
     "flatq": Method("flatq"),
 }
 BASELINE = "full precision"
@@ -71,16 +64,18 @@ INTRODUCTION = """\
 
 Written by `make accuracy FLATQ_DATA=DIR` (`tests/benchmarks/accuracy.py`): SmolLM2-135M, calibrated on 16 × 256 tokens
 of WikiText-2 (GPTQ reads 64 × 256; tuning reads as much as its steps take), judged by the perplexity of 8 windows of
-2,048 tokens of other articles, of as many of Python's language reference, and by four tasks of lm-eval, {questions}
-questions each (a standard error of about 3 points a task). Seconds are those of calibrate and fuse as their manifests
-have them, on two CPU cores; memory is the larger peak of the two. Versions: {versions}."""
+2,048 tokens of other articles and of as many of Python's language reference{tasks}. Seconds are those of calibrate and
+fuse as their manifests have them, on two CPU cores; memory is the larger peak of the two.
+
+Versions: {versions}."""
+
+OF_TASKS = f""",
+and by four tasks of lm-eval, {QUESTIONS} questions each (a standard error of about 3 points a task)"""
 
 
 def run_method(name: str, bits: str, runs: Path, data: Path, tasks: bool) -> None:
     """Quantize and evaluate one method in one format, as far as that is not done."""
     method, run = METHODS[name], run_of(name, bits, runs)
-    if method.calibrated_by is not None and not run.exists():
-        shutil.copytree(run_of(method.calibrated_by, bits, runs) / "calibrate", run / "calibrate")
     settings = {
         "calibration.data": data / "wikitext2-calib.txt",
         "calibration.samples": 16,
@@ -138,7 +133,8 @@ def gather(runs: Path, tasks: bool) -> dict[str, list[dict[str, Any]]]:
 def page(found: Mapping[str, Sequence[Mapping[str, Any]]], versions: Mapping[str, str]) -> str:
     """docs/benchmarks/accuracy.md."""
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [INTRODUCTION.format(questions=QUESTIONS, versions=listed)]
+    asked = any(f"{task}.{metric}" in row for rows in found.values() for row in rows for task, metric in TASKS.items())
+    parts = [INTRODUCTION.format(tasks=OF_TASKS if asked else "", versions=listed)]
     for bits, rows in found.items():
         if len(rows) > 1:
             parts += ["", f"## {bits}", "", *table(rows)]

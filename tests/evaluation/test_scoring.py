@@ -177,3 +177,11 @@ def test_models_that_might_not_take_such_a_mask_are_left_to_lm_eval(attention: s
 
 def test_no_questions_have_no_answers():
     assert both(random_model(tiny_config("llama")))[0]._loglikelihood_tokens([]) == []
+
+
+def test_a_model_that_does_more_to_its_logits_than_its_head_is_left_to_the_harness():
+    model = random_model(tiny_config("llama"))
+    sharing, _ = both(model)
+    assert sharing._reach() > 0
+    model.config.logits_scaling = 8.0
+    assert sharing._reach() == 0

@@ -19,18 +19,20 @@ from flatq_cli.calibration.moments import Recorder, output_moment_by_head, weigh
 from flatq_cli.calibration.precision import matmul_dtype
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.families import Family, Shapes
-from flatq_cli.quantization.quantizers import fake_quantize, fake_quantize_grouped
+from flatq_cli.quantization.quantizers import fake_quantize_with
 from flatq_cli.quantization.weights import groups_of
 from flatq_cli.runtime.folding import fold, input_transform
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
 from flatq_cli.transforms.kronecker import Transform
 
-# Factors of the maximum, for both sides at once: a coarse grid, then a fine one around its best. A row's error is
-# ragged in the factor, so the coarse grid is dense: docs/decisions/0003-clip-start.md. The largest factor leaves a
-# sigmoid some gradient.
-COARSE = tuple(0.5 + 0.04 * step for step in range(13))
-FINE = (-0.02, 0.02)
+# Factors of the maximum, for both sides at once: a coarse grid, then steps to both sides of the best so far. A row's
+# error is ragged in the factor, so what counts is how many are tried near its best: docs/decisions/0003-clip-start.md.
+# The largest factor leaves a sigmoid some gradient.
+COARSE = tuple(0.5 + 0.06 * step for step in range(9))
+STEPS = (0.02, 0.01)
 LARGEST = 0.98
+AT_ONCE = 1 << 21
+"""So many numbers, rounded with all factors of the coarse grid, are worked on together: small enough for a cache."""
 
 
 def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Tensor:
@@ -46,14 +48,23 @@ def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Ten
     groups = groups_of(width, spec.group)
     moment = moment.to(weight.device, matmul_dtype(weight.device))
 
-    def error(factors: Tensor) -> Tensor:
-        clip = factors[..., None].expand(out, groups, 2)
-        residual = weight - fake_quantize_grouped(weight, spec.bits, spec.group, spec.symmetric, clip)
-        # Groups of a row are chosen apart from each other, so what is between them is left out.
-        weighted = _product(residual, moment) if groups == 1 else residual * moment.diagonal()
-        return (weighted * residual).view(out, groups, -1).sum(-1)
+    def best_of(rows: Tensor) -> Tensor:
+        grouped = rows.view(-1, groups, width // groups)
 
-    return _least(error, weight.new_empty(out, groups))[..., None].expand(out, groups, 2).contiguous()
+        def error(factors: Tensor) -> Tensor:
+            residual = fake_quantize_with(grouped, factors, spec.bits, spec.symmetric).sub_(grouped)
+            # Groups of a row are chosen apart from each other, so what is between them is left out.
+            weighted = (
+                _product(residual.flatten(-2), moment).view_as(residual)
+                if groups == 1
+                else residual * moment.diagonal().view(groups, -1)
+            )
+            return _sum_of_products(weighted, residual)
+
+        return _least(error, weight.new_empty(len(rows), groups))
+
+    found = torch.cat([best_of(rows) for rows in torch.split(weight, _rows_at_once(width))])
+    return found[..., None].expand(out, groups, 2).contiguous()
 
 
 def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Tensor:
@@ -65,11 +76,19 @@ def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Te
     """
     gram = gram.to(rows.device, matmul_dtype(rows.device))
 
-    def error(factor: Tensor) -> Tensor:
-        residual = rows - fake_quantize(rows, layout.bits, layout.symmetric, factor.expand(2))
-        return (_product(residual, gram) * residual).sum().view(1)
+    def error(factors: Tensor) -> Tensor:
+        total = torch.zeros_like(factors)
+        for piece in torch.split(rows, _rows_at_once(rows.shape[-1])):
+            rounded = fake_quantize_with(piece, factors.expand(-1, len(piece)), layout.bits, layout.symmetric)
+            residual = rounded.sub_(piece)
+            total += _sum_of_products(_product(residual, gram), residual).sum(1, keepdim=True)
+        return total
 
     return _least(error, rows.new_empty(1)).expand(2).contiguous()
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, AT_ONCE // (len(COARSE) * width))
 
 
 def _product(residual: Tensor, matrix: Tensor) -> Tensor:
@@ -77,23 +96,25 @@ def _product(residual: Tensor, matrix: Tensor) -> Tensor:
     return residual.to(matrix.dtype) @ matrix
 
 
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a·b over the last axis, float32; `a` is cast first, since the CPU multiplies two dtypes by a slow path."""
+    return a.float().mul_(b).sum(-1)
+
+
 def _least(error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The factors of least `error`, which maps factors of the shape of `like` to errors of that shape."""
-    best = torch.full_like(like, LARGEST)
-    best_error = torch.full_like(like, torch.inf)
+    """The factors, of the shape of `like`, of least `error`, which maps [k, *shape] factors to as many errors."""
 
-    def consider(factors: Tensor) -> None:
-        nonlocal best, best_error
-        found = error(factors)
-        better = found < best_error
-        best, best_error = torch.where(better, factors, best), torch.where(better, found, best_error)
+    def best_of(factors: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        least, where = errors.min(0, keepdim=True)
+        return factors.gather(0, where), least
 
-    for factor in COARSE:
-        consider(torch.full_like(like, factor))
-    around = best
-    for step in FINE:
-        consider((around + step).clamp(max=LARGEST))
-    return best
+    coarse = torch.tensor(COARSE, dtype=like.dtype, device=like.device)
+    factors = coarse.view(-1, *(1 for _ in like.shape)).expand(-1, *like.shape)
+    best, least = best_of(factors, error(factors))
+    for step in STEPS:
+        sides = torch.cat([best - step, (best + step).clamp(max=LARGEST)])
+        best, least = best_of(torch.cat([best, sides]), torch.cat([least, error(sides)]))
+    return best[0]
 
 
 class ClipStart(NamedTuple):

@@ -85,18 +85,24 @@ def fit_block(
     Args:
         inputs, targets: [samples, tokens, hidden], the full-precision block's input and output, on any device.
         index: the block's number, for messages.
+    Returns:
+        The errors over all samples; over the first batch alone where the recipe trains nothing.
     Raises:
         WorkError: a loss that is not a number, or a transform that has no inverse (block, step and the parameters
             concerned).
     Source: FlatQuant (arXiv 2410.09426), eq. 4: min ‖F(X) − F̂(X; Θ)‖²; the measures: `error_measure`.
     """
     measure = error_measure(spec.loss, targets)
+    steps = spec.epochs * math.ceil(inputs.shape[0] / spec.batch) if any(True for _ in learnable.parameters()) else 0
+    # Nothing is decided by the error of a block that is not trained: one batch tells enough.
+    looked_at = slice(None if steps else spec.batch)
     with _singular_is_an_error(index, 0, learnable):
-        before = evaluate_block(block, learnable, inputs, targets, kwargs, measure, spec.batch, device)
+        before = evaluate_block(
+            block, learnable, inputs[looked_at], targets[looked_at], kwargs, measure, spec.batch, device
+        )
     if not math.isfinite(before):
         raise WorkError(_not_finite(index, 0, learnable))
-    steps = spec.epochs * math.ceil(inputs.shape[0] / spec.batch)
-    if steps == 0 or not any(True for _ in learnable.parameters()):
+    if steps == 0:
         return FitResult(before, before, 0)
     start = {name: tensor.detach().clone() for name, tensor in learnable.state_dict().items()}
     optimizer, scheduler = _optimizer(learnable, spec, steps)

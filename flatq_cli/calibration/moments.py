@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from flatq_cli.calibration.precision import matmul_dtype
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE
 
@@ -37,16 +38,12 @@ class Recorder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, self.width)
         if self._sum is None or self._maximum is None:
-            self._sum = torch.zeros(self.width, self.width, dtype=torch.float64, device=x.device)
+            self._sum = torch.zeros(self.width, self.width, device=x.device)
             self._maximum = torch.zeros(self.width, device=x.device)
-        # A batch's product in float32, the sum over batches in float64.
-        product = torch.zeros(self.width, self.width, device=x.device)
-        add_moment(product, rows)
-        self._sum += product
-        rows = rows.float()
-        self._maximum = torch.maximum(self._maximum, rows.abs().amax(0))
+        add_moment(self._sum, rows)
+        self._maximum = torch.maximum(self._maximum, torch.maximum(rows.amax(0), -rows.amin(0)).float())
         # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
-        self._samples.append(rows[:: (rows.shape[0] // SAMPLE_ROWS) | 1].clone())
+        self._samples.append(rows[:: (rows.shape[0] // SAMPLE_ROWS) | 1].float())
         self.rows += rows.shape[0]
         return x
 
@@ -54,7 +51,7 @@ class Recorder(nn.Module):
     def moment(self) -> Tensor:
         if self._sum is None:
             raise RuntimeError("no input has passed this site")
-        return self._sum / self.rows
+        return self._sum.double() / self.rows
 
     @property
     def maximum(self) -> Tensor:
@@ -98,15 +95,14 @@ def recorders(family: Family, shapes: Shapes, names: Iterable[str]) -> dict[str,
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:
-    """Σ WᵀW over linears that read one input, float64 [in, in]; products in the weights' own precision, float32 at
-    least.
-    """
-    total: Tensor | float = 0.0
+    """Σ WᵀW over linears that read one input, float64 [in, in]: sums in float32, of weights in the matmuls' dtype."""
+    total: Tensor | None = None
     for weight in weights:
-        rows = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-        total = total + (rows.T @ rows).double()
-    assert isinstance(total, Tensor)  # a site has a reader
-    return total
+        rows = weight.detach()
+        total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float32) if total is None else total
+        add_moment(total, rows.to(matmul_dtype(rows.device)))
+    assert total is not None  # a site has a reader
+    return total.double()
 
 
 def output_moment_by_head(weight: Tensor, head_dim: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flatq_cli.errors import UsageError
+from flatq_cli.models.gguf_header import read_header
 from flatq_cli.models.locate import INDEX, ModelLocation, read_index, weight_files
 
 if TYPE_CHECKING:
@@ -132,12 +133,10 @@ class GgufCheckpoint:
     """
 
     def __init__(self, path: Path, config: PreTrainedConfig) -> None:
-        from gguf import GGUFReader
-
         self._path = path
         try:
             # Memory-mapped: tensors are not read here.
-            reader = GGUFReader(path)
+            reader = read_header(path)
             self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
             architecture = str(reader.fields["general.architecture"].contents())
         except Exception as error:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from flatq_cli.errors import UsageError, WorkError
 from flatq_cli.models.families import supported_model_types
+from flatq_cli.models.gguf_header import shared_headers
 from flatq_cli.store.atomic import read_metadata
 
 if TYPE_CHECKING:
@@ -320,12 +321,14 @@ def _gguf_key(location: ModelLocation) -> tuple[ModelLocation, int]:
 
 @functools.lru_cache(maxsize=4)
 def _gguf_config(location: ModelLocation, modified: int) -> PreTrainedConfig:
-    return _read_config(location, trust_remote_code=False)
+    with shared_headers():
+        return _read_config(location, trust_remote_code=False)
 
 
 @functools.lru_cache(maxsize=4)
 def _gguf_tokenizer(location: ModelLocation, modified: int) -> PreTrainedTokenizerBase:
-    return _read_tokenizer(location, trust_remote_code=False)
+    with shared_headers():
+        return _read_tokenizer(location, trust_remote_code=False)
 
 
 def _read_config(location: ModelLocation, trust_remote_code: bool) -> PreTrainedConfig:

@@ -83,6 +83,24 @@ def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: Tensor | None = N
     return codes.mul_(scale).to(x.dtype)
 
 
+def fake_quantize_with(x: Tensor, factors: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """`fake_quantize` with each of several clips at once, without gradients.
+
+    Args:
+        x: `[..., group]`. factors: `[k, ...]`, x's leading axes after the first: on maximum and minimum alike.
+    Returns:
+        `[k, ..., group]`, float32 (float64 for float64).
+    """
+    low, high = code_range(bits, symmetric)
+    x = _working(x)
+    clip = factors.unsqueeze(-1).expand(*factors.shape, 2)
+    scale, zero = _scale_and_zero(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True), clip, bits, symmetric)
+    codes = (x / scale).round_()
+    if zero is None:
+        return codes.clamp_(low, high).mul_(scale)
+    return codes.add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+
+
 def quantize_grouped(w: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | None = None) -> Codes:
     """Quantize a weight `[out, in]` in groups of `group` along `in` (0: the whole row).
 

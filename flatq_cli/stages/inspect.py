@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flatq_cli.errors import UsageError
+from flatq_cli.models.gguf_header import read_header
 from flatq_cli.stages.calibrate import STAGE as CALIBRATE
 from flatq_cli.store.run import Run
 from flatq_cli.store.stage import Stage
@@ -145,10 +146,8 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _gguf(path: Path) -> dict[str, Any]:
     """The reader maps the file into memory: data is not read."""
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
+        reader = read_header(path)
         tensors = [
             {
                 "name": tensor.name,

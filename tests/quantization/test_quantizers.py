@@ -11,6 +11,7 @@ from flatq_cli.quantization.quantizers import (
     dequantize_grouped,
     fake_quantize,
     fake_quantize_grouped,
+    fake_quantize_with,
     quantize,
     quantize_grouped,
     scale_symmetric,
@@ -90,6 +91,17 @@ def test_the_training_path_gives_the_same_values_to_the_bit(x, bits, symmetric):
     x, clip = torch.from_numpy(x), torch.tensor([0.75, 0.9])
     trained = fake_quantize(x.clone().requires_grad_(), bits, symmetric, clip)
     assert torch.equal(trained.detach(), fake_quantize(x, bits, symmetric, clip))
+
+
+@given(x=rows(np.float32), **bits_and_symmetry)
+@quick
+def test_several_clips_at_once_give_what_each_gives_alone(x, bits, symmetric):
+    tensor = torch.tensor(x)
+    factors = torch.linspace(0.5, 1.0, 3)[(...,) + (None,) * (tensor.dim() - 1)].expand(3, *tensor.shape[:-1])
+    together = fake_quantize_with(tensor, factors, bits, symmetric)
+    for factor, found in zip(factors, together, strict=True):
+        clip = torch.stack([factor, factor], -1)
+        assert torch.equal(found, fake_quantize(tensor, bits, symmetric, clip))
 
 
 def test_ties_round_to_even():

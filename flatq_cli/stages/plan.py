@@ -14,22 +14,23 @@ from typing import Any
 
 import torch
 
-from flatq_cli.calibration.moments import SAMPLE_ROWS
+from flatq_cli.calibration.moments import MOST_ROWS, SAMPLE_ROWS
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.families import Family, Shapes, family_of
 from flatq_cli.models.locate import load_config, locate
 from flatq_cli.quantization.weights import groups_of
 from flatq_cli.runtime.layout import SiteLayout, block_layout
 
-FLOAT32, FLOAT64 = 4, 8
+BFLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Copies of a block's weights alive in a training step: its own, folded, quantized, and the gradients of the last two.
 WEIGHT_COPIES = 5
 # Copies of a site's sampled rows alive while its clip is searched.
 SEARCH_COPIES = 5
 # A step costs forward, backward to inputs and backward to weights: three forwards.
 PASSES_PER_STEP = 3
-# GPTQ runs the blocks twice: to see what each linear reads, and with rounded weights for the next block.
-PASSES_OF_ROUNDING = 2
+# GPTQ runs a block site by site and keeps what is settled; only what stands before attention and before the MLP's
+# product runs again with rounded weights.
+PASSES_OF_ROUNDING = 1.5
 # A token of tuning passes the full-precision model once, the quantized one forward, forward again and backward.
 PASSES_OF_TUNING = 4
 
@@ -75,6 +76,7 @@ class CalibrationPlan:
             "memory_bytes": self.memory_bytes,
             "artifact_bytes": self.blocks * self.parameters_per_block * FLOAT32,
             "seconds": self.seconds,
+            "fuse_memory_bytes": self.fuse_memory_bytes,
             "fuse_seconds": self.fuse_seconds,
         }
 
@@ -100,13 +102,42 @@ class CalibrationPlan:
         hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
         moments = sum(2 * layout.width**2 * FLOAT64 for layout in self.layouts.values())
         widths = [layout.width for layout in self.layouts.values()] or [0]
-        rows = -(-spec.samples // spec.batch) * min(spec.batch * spec.seqlen, SAMPLE_ROWS)
+        rows = min(MOST_ROWS, -(-spec.samples // spec.batch) * min(spec.batch * spec.seqlen, SAMPLE_ROWS))
         sampled = rows * (sum(widths) + SEARCH_COPIES * max(widths)) * FLOAT32
         per_token = 16 * shapes.hidden + 8 * shapes.intermediate + 8 * shapes.heads * shapes.head_dim
         step = spec.batch * spec.seqlen * per_token * FLOAT32
         block = WEIGHT_COPIES * self.block_weights * FLOAT32
         embedding = self.vocabulary * shapes.hidden * FLOAT32
         return max(embedding + hidden // 2, block + hidden + max(step, moments + sampled))
+
+    @property
+    def fuse_memory_bytes(self) -> int:
+        """Peak of fuse: of rounding (a block in float64, folded and not; for GPTQ also the text's hidden states, twice,
+        and for all of the text what o_proj and what down_proj reads) or of tuning (hidden states of the text before and
+        after the full-precision model, one dequantized block). Tuning takes more where it can: it is faster then.
+        """
+        spec, shapes = self.recipe.calibration, self.shapes
+        rounding = 2 * self.block_weights * FLOAT64
+        if self._gptq:
+            kept = 2 * shapes.hidden + shapes.heads * shapes.head_dim + shapes.intermediate
+            moments = 3 * max(width for _, width in self.linears.values()) ** 2
+            rounding += (self._rounding_tokens * kept + moments) * FLOAT32
+        if not self.recipe.tune.steps:
+            return rounding
+        text = self.recipe.tune.steps * spec.batch * spec.seqlen
+        step = spec.batch * spec.seqlen * self.blocks * shapes.hidden * FLOAT32
+        head = self.vocabulary * shapes.hidden * BFLOAT16
+        tuning = 2 * text * shapes.hidden * FLOAT32 + step + head + self.block_weights * (FLOAT32 + BFLOAT16)
+        return max(rounding, tuning)
+
+    @property
+    def _gptq(self) -> bool:
+        return self.recipe.weights.bits < 16 and self.recipe.weights.rounding == "gptq"
+
+    @property
+    def _rounding_tokens(self) -> int:
+        spec = self.recipe.calibration
+        return (spec.rounding_samples or spec.samples) * spec.seqlen
 
     @property
     def seconds(self) -> float:
@@ -124,8 +155,8 @@ class CalibrationPlan:
         """
         spec, tuning = self.recipe.calibration, self.recipe.tune
         flops = 0.0
-        if self.recipe.weights.bits < 16 and self.recipe.weights.rounding == "gptq":
-            tokens = (spec.rounding_samples or spec.samples) * spec.seqlen
+        if self._gptq:
+            tokens = self._rounding_tokens
             flops += self.blocks * (PASSES_OF_ROUNDING * tokens * self.flops_per_token + self._moments(tokens))
         tokens = tuning.steps * spec.batch * spec.seqlen
         head = 2 * self.vocabulary * self.shapes.hidden

@@ -137,6 +137,11 @@ class Stage:
             self._forget(name)
             (self.path / item.file).unlink(missing_ok=True)
 
+    @property
+    def command(self) -> str:
+        """The command that makes it: of `fuse/tune` that is `fuse`."""
+        return self.name.split("/")[0]
+
     def verify(self) -> None:
         """Check every item's file against its SHA-256.
 
@@ -147,7 +152,7 @@ class Stage:
             if not self.complete(name, verify=True):
                 raise UsageError(
                     f"{self.path / item.file} is missing or damaged (its SHA-256 is not the manifest's); delete it and "
-                    f"run `flatq {self.name}` again, which makes it anew"
+                    f"run `flatq {self.command}` again, which makes it anew"
                 )
 
     def load(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
@@ -157,9 +162,9 @@ class Stage:
             UsageError: not in the manifest, missing, or damaged; says what to do.
         """
         item = self.manifest.items.get(name)
-        again = f"run `flatq {self.name}` again, which makes it anew"
+        again = f"run `flatq {self.command}` again, which makes it anew"
         if item is None:
-            raise UsageError(f"{self.path} has no {name}; run `flatq {self.name}` first")
+            raise UsageError(f"{self.path} has no {name}; run `flatq {self.command}` first")
         file = self.path / item.file
         if not file.is_file():
             raise UsageError(f"{file} is missing; {again}")
@@ -188,7 +193,7 @@ class Stage:
         Raises:
             UsageError: it did not finish, or a file is gone; says what to run.
         """
-        again = f"run `flatq {self.name} …` first"
+        again = f"run `flatq {self.command} …` first"
         if not self.done:
             begun = f" ({len(self.manifest.items)} items so far)" if self.manifest.items else ""
             raise UsageError(f"{self.run_path} has no finished {self.name} stage{begun}, which `{next}` needs; {again}")

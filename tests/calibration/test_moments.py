@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatq_cli.calibration.moments import (
+    MOST_ROWS,
     Recorder,
+    add_moment,
     output_moment_by_head,
     partial_trace,
     recorders,
@@ -76,8 +78,17 @@ def test_a_recorder_lets_its_input_through_and_keeps_a_sample_of_its_rows():
     assert set(map(tuple, batches[1].tolist())) <= set(sample)
 
 
+def test_the_sample_of_many_batches_is_bounded_and_comes_from_all_of_them():
+    recorder = Recorder(1)
+    for batch in range(200):
+        recorder(torch.full((2, 300, 1), float(batch)))
+    sample = recorder.sample.flatten()
+    assert MOST_ROWS / 3 < len(sample) <= MOST_ROWS
+    assert sample.unique().numel() == 200
+
+
 def test_a_recorder_without_input_says_so():
-    for read in (lambda: Recorder(3).moment, lambda: Recorder(3).maximum):
+    for read in (lambda: Recorder(3).moment, lambda: Recorder(3).maximum, lambda: Recorder(3).sample):
         with pytest.raises(RuntimeError, match="no input has passed"):
             read()
 
@@ -122,3 +133,15 @@ def test_weight_moments_are_sums_over_rows():
     np.testing.assert_allclose(weight_moment([first, second]), expected, rtol=1e-5)
     by_head = sum(np.outer(head, head) for row in array(first) for head in row.reshape(3, 2))
     np.testing.assert_allclose(output_moment_by_head(first, 2), by_head, rtol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_moment_of_bf16_inputs_is_summed_in_float32(autocast: bool):
+    rows = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moment = torch.ones(96, 96)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        add_moment(moment, rows)
+    exact = rows.double().T @ rows.double() + 1
+    assert float((moment - exact).abs().max()) < 1e-6 * float(exact.abs().max())
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatq_cli.calibration.moments import add_moment
 from flatq_cli.calibration.rounding import (
     FoldedBlock,
     fold_block,
@@ -110,18 +109,6 @@ def test_the_prefix_goes_on_with_what_the_rounded_block_puts_out(
     rounded = gptq(ready, folded, hidden=hidden)
     assert torch.equal(hidden, output(ready, folded, rounded, 3))
     assert not torch.equal(hidden, ready.hidden)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_moment_of_bf16_inputs_is_summed_in_float32(autocast: bool):
-    rows = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    moment = torch.ones(96, 96)
-    precision = torch.backends.mkldnn.matmul.fp32_precision
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        add_moment(moment, rows)
-    exact = rows.double().T @ rows.double() + 1
-    assert float((moment - exact).abs().max()) < 1e-6 * float(exact.abs().max())
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision
 
 
 def test_a_rounded_block_and_what_it_kept_are_gone_when_it_is_done(tmp_path: Path):

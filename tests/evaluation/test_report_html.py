@@ -111,7 +111,7 @@ def test_a_tuned_run_has_a_third_curve_and_an_untuned_one_no_trace_of_it(page):
 
 def test_a_tuned_run_whose_steps_were_not_kept_has_the_sentence_alone():
     page = Page(report_html(report_data(tuning={**TUNING, "curve": None})))
-    assert any(text.startswith("Tuning after rounding (36 steps") for text in page.texts)
+    assert any(text.startswith("Tuning after rounding (64 steps") for text in page.texts)
     assert "Divergence at each step" not in page.texts
     assert "#tuning" in page.values("href")
 

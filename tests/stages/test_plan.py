@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from flatq_cli.errors import UsageError
+from flatq_cli.stages.fuse import fuse
 from flatq_cli.stages.plan import CalibrationPlan, plan
+from flatq_cli.store.progress import SilentProgress
 from tests.tiny import RECIPES, TEXT, calibrated_run, tiny_model_dir, tiny_recipe
 
 
@@ -118,3 +120,26 @@ def test_memory_is_planned_within_a_factor_of_two(tmp_path: Path, widths: dict[s
     mapped = (model / "model.safetensors").stat().st_size
     measured = peak_bytes(lambda: calibrated_run(model, recipe, tmp_path / "run"), mapped)
     assert measured / 2 < plan(str(model), recipe, "cpu").memory_bytes < 2 * measured
+
+
+@pytest.mark.parametrize(
+    ("widths", "sections"),
+    [
+        ({"hidden_size": 192, "intermediate_size": 512}, {"weights": {"rounding": "nearest"}, "tune": {"steps": 0}}),
+        ({"hidden_size": 192, "intermediate_size": 512}, {"weights": {"rounding": "gptq"}, "tune": {"steps": 0}}),
+        ({}, {"weights": {"rounding": "gptq"}, "tune": {"steps": 0}, "calibration": {"rounding_samples": 60}}),
+        ({"vocab_size": 96}, {"weights": {"rounding": "nearest"}, "tune": {"steps": 40}}),
+    ],
+    ids=["nearest", "gptq", "gptq on much text", "tuning"],
+)
+def test_what_fuse_needs_at_least_is_planned_within_a_factor_of_two(
+    tmp_path: Path, monkeypatch, widths: dict[str, int], sections: dict[str, Any]
+):
+    monkeypatch.setattr("flatq_cli.stages.tune.KEEP_SHARE", 0.0)
+    model = tiny_model_dir(tmp_path, "llama", num_hidden_layers=1, **widths)
+    calibration = {"samples": 4, "seqlen": 32, "batch": 4, **sections.get("calibration", {})}
+    recipe = tiny_recipe(tmp_path, epochs=0, **{**sections, "calibration": calibration})
+    (tmp_path / "text.txt").write_text(f"{TEXT} " * 40)
+    run = calibrated_run(model, recipe, tmp_path / "run")
+    measured = peak_bytes(lambda: fuse(run, "cpu", SilentProgress()), (model / "model.safetensors").stat().st_size)
+    assert measured / 2 < plan(str(model), recipe, "cpu").fuse_memory_bytes < 2 * measured

@@ -21,6 +21,7 @@ from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
+from flatq_cli.cli.generate import generate
 from flatq_cli.cli.process import keep_freed_memory
 from flatq_cli.cli.report import report
 from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
@@ -258,7 +259,12 @@ def run(
         }
         if json_file != "-":
             show_mapping(results)
-        _write_eval(evaluate_stage.evaluate(request, progress).to_json(), json_file)
+        evaluated = evaluate_stage.evaluate(request, progress)
+        export_stage.export(opened, format, None, progress)  # its model card gets the figures
+        _write_eval(evaluated.to_json(), json_file)
+
+
+app.command()(generate)
 
 
 @app.command()

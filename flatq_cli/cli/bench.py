@@ -1,4 +1,4 @@
-"""`flatq bench`: how fast the kernels are, on this GPU or by what compiling them tells."""
+"""`flatq bench`: how fast the kernels are, on this GPU or by what compiling them tells, and how fast exports run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from flatq_cli.cli.console import log
+from flatq_cli.cli.console import log, open_progress
+from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors
-from flatq_cli.cli.tables import show_json, show_rows
+from flatq_cli.cli.generate import Dtype
+from flatq_cli.cli.tables import show_json, show_mapping, show_rows
 from flatq_cli.errors import UsageError
 
-bench_app = typer.Typer(help="Measure the kernels.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure the kernels, and how fast exports run.", no_args_is_help=True)
 
 _SHOWN = (
     *("name", "n1", "n2", "arch", "registers", "spill_bytes", "shared_bytes", "ctas_per_sm", "warps_per_sm"),
@@ -23,7 +25,7 @@ _SHOWN = (
 
 @bench_app.callback()
 def _bench() -> None:
-    """Measure the kernels."""
+    """Measure the kernels, and how fast exports run."""
 
 
 @bench_app.command()
@@ -56,6 +58,52 @@ def kernels(
         _write(data, json_file)
         if data.get("failed"):
             raise typer.Exit(1)
+
+
+@bench_app.command()
+def generate(
+    target: Annotated[str, typer.Argument(metavar="DIR", help="An exported directory.")],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="The float model to compare with.")
+    ] = None,
+    backend: Annotated[
+        list[str], typer.Option("--backend", help="Only this backend. Repeatable. (default: all that work here)")
+    ] = [],  # noqa: B006
+    prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 512,
+    new: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens after it.")] = 64,
+    turns: Annotated[int, typer.Option("--turns", min=1, help="How often each model is measured.")] = 3,
+    device: Annotated[Device, typer.Option("--device", help="Where to work.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.bfloat16,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: as torch chooses.")] = 0,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Time an export through each backend, beside the model it was made from, in turns."""
+    with command_errors(debug):
+        import torch
+
+        from flatq_cli.stages.bench_generate import BenchRequest, bench_generate
+
+        request = BenchRequest(
+            target=target,
+            baseline=baseline,
+            backends=tuple(backend),
+            prompt=prompt,
+            new=new,
+            turns=turns,
+            device=resolve_device(device),
+            dtype=getattr(torch, dtype.value),
+            threads=threads,
+        )
+        with open_progress(quiet=False) as progress:
+            data = bench_generate(request, progress)
+        if json_file is not None:
+            _write(data, json_file)
+        if json_file != "-":
+            show_rows(data["rows"])
+            show_mapping(data["cache"])
 
 
 def _compile_only(archs: list[int], ops: list[str]) -> dict[str, Any]:
@@ -94,6 +142,8 @@ def _write(data: dict[str, Any], json_file: str | None) -> None:
             Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--json {json_file}: {error.strerror}") from error
+    if "rows" in data:
+        return
     if "kernels" in data:
         show_rows([{key: row[key] for key in _SHOWN} for row in data["kernels"]])
         return

@@ -41,6 +41,7 @@ def examine() -> dict[str, Any]:
         "cupy": cupy,
         **gpu,
         "kernels": _kernels(gpu),
+        "backends": _backends() if versions["torch"] else {},
         "cpus": os.cpu_count(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
@@ -94,6 +95,13 @@ def _kernels(gpu: dict[str, Any]) -> str:
     except KernelError as error:
         return f"no: {error}"
     return f"yes (NVRTC {version})"
+
+
+def _backends() -> dict[str, str]:
+    """What can run a packed model here, and why the rest cannot."""
+    from flatq_cli.runtime.backends import available
+
+    return {name: "yes" if reason is None else f"no: {reason}" for name, reason in available().items()}
 
 
 def _hub_cache() -> Path:

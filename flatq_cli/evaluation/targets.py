@@ -65,19 +65,21 @@ class Target:
         return model_logits(self.model(), windows, progress)
 
 
-def open_target(spec: str, device: str, trust_remote_code: bool = False) -> Target:
+def open_target(spec: str, device: str, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Target:
     """Find out what `spec` names and open it; weights are read later.
 
     Args:
         spec: a run, an exported directory, a model directory, a hub id, a preset, or a `.gguf` file.
-        device: "cpu" or "cuda". On the CPU all is computed in float32, on a GPU in the model's own dtype.
+        device: "cpu" or "cuda".
+        dtype: what to compute in; None: float32 on the CPU, the model's own dtype on a GPU.
     Raises:
         UsageError: there is no such thing, it is damaged, or it is a run that is not fused yet.
     """
     if (Path(spec) / RUN_FILE).is_file():
-        return _run_target(spec, device, trust_remote_code)
+        return _run_target(spec, device, trust_remote_code, dtype)
     from flatq_cli.models.families import supported_model_types
     from flatq_cli.models.locate import load_config, load_tokenizer, locate
+    from flatq_cli.runtime.integrity import check_files
 
     try:
         location = locate(spec)
@@ -86,12 +88,15 @@ def open_target(spec: str, device: str, trust_remote_code: bool = False) -> Targ
             raise
         # `locate` speaks of models only; the user may have meant a run.
         raise UsageError(f"{spec}: there is no run; nor a model: {str(error).removeprefix('--model: ')}") from error
+    if location.kind == "directory":
+        # Before its config is believed: a damaged one may not even say that this is an export.
+        check_files(location.path)
     quantization = _quantization(location)
     if quantization.get("quant_method") == "flatq":
         import flatq_cli.runtime.transformers_plugin  # noqa: F401  (registers the quantizer)
     config = load_config(location, trust_remote_code)
     tokenizer = load_tokenizer(location, trust_remote_code)
-    dtype = _compute_dtype(device, getattr(config, "dtype", None))
+    dtype = dtype or _compute_dtype(device, getattr(config, "dtype", None))
 
     def load_whole() -> PreTrainedModel:
         return _load_whole(location, dtype, trust_remote_code)
@@ -106,14 +111,14 @@ def open_target(spec: str, device: str, trust_remote_code: bool = False) -> Targ
     return Target(spec, "float", None, tokenizer, device, dtype, lambda: source.assemble(None, dtype, device), source)
 
 
-def _run_target(spec: str, device: str, trust_remote_code: bool) -> Target:
+def _run_target(spec: str, device: str, trust_remote_code: bool, dtype: torch.dtype | None) -> Target:
     from flatq_cli.models.locate import load_tokenizer
     from flatq_cli.runtime.fused import open_fused
     from flatq_cli.store.run import Run
 
     run = Run.open(Path(spec))
     source = open_fused(run, trust_remote_code=trust_remote_code)
-    dtype = _compute_dtype(device, getattr(source.config, "dtype", None))
+    dtype = dtype or _compute_dtype(device, getattr(source.config, "dtype", None))
     return Target(
         spec=spec,
         kind="fake-quant",

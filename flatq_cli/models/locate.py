@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
 )
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "README.md")
 HUB_WEIGHTS = ("*.safetensors",)
 # Subfolders hold other formats; `consolidated` files are a second copy of the same weights.
 HUB_REFUSED = ("*/*", "consolidated*", *PICKLES)

@@ -47,6 +47,8 @@ def unpack(packed: Tensor, bits: int, width: int, symmetric: bool) -> Tensor:
         )
     if per_byte == 1:
         return packed.view(torch.int8) if symmetric or bits < 8 else packed
+    if bits == 4:
+        return _unpack_nibbles(packed, width, symmetric)
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
     fields: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     codes = fields.flatten(-2)[..., :width].to(torch.int8)
@@ -54,6 +56,18 @@ def unpack(packed: Tensor, bits: int, width: int, symmetric: bool) -> Tensor:
         sign = 2 ** (bits - 1)
         codes = (codes ^ sign) - sign  # sign extension
     return codes.contiguous()
+
+
+def _unpack_nibbles(packed: Tensor, width: int, symmetric: bool) -> Tensor:
+    """`unpack` for 4 bits, in whole passes over words: several times the speed of the general way.
+
+    A byte hl becomes the word 0h0l, whose two bytes in memory, on a little-endian machine as all of torch's are, are
+    the codes l and h.
+    """
+    words = packed.to(torch.int16, memory_format=torch.contiguous_format)
+    words = (words | words << 4) & 0x0F0F
+    codes = words.view(torch.int8)[..., :width]
+    return ((codes ^ 8) - 8 if symmetric else codes).contiguous()
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -3,24 +3,25 @@
     codes = unpack(weight_packed)    weight = scale · (codes − zero) in float32    y = x · cast(weight)ᵀ + cast(bias)
 
 `cast` goes to x's dtype. The weight is that of `dequantize_weight`, bit for bit, so in every dtype the layer gives what
-a plain linear gives whose weight was dequantized in float32 and cast: fake-quant and packed agree. Scales are part of
-the codes' meaning and stay float32 (docs/format.md): `.to(torch.bfloat16)` moves this layer and casts nothing in it.
+a plain linear gives whose weight was dequantized in float32 and cast: fake-quant and packed agree. So the backend
+`reference` does; others compute the same faster (`runtime/backends`). Scales are part of the codes' meaning and stay
+float32 (docs/format.md): `.to(torch.bfloat16)` moves this layer and casts nothing in it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from flatq_cli.quantization.packing import codes_per_byte, pack, unpack
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
-from flatq_cli.runtime.own_dtype import OwnDtype
+from flatq_cli.runtime.backends.base import BackendModule
+from flatq_cli.runtime.backends.reference import REFERENCE
 
 PACKED = "weight_packed"
 
 
-class PackedLinear(OwnDtype):
+class PackedLinear(BackendModule):
     """y = x Wᵀ + b with W as packed integer codes.
 
     Buffers: `weight_packed` uint8 [out, ceil(in / codes per byte)], `weight_scale` float32 [out, groups], `weight_zero`
@@ -48,6 +49,7 @@ class PackedLinear(OwnDtype):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.backend = REFERENCE
         if group and in_features % group:
             raise ValueError(f"a group of {group} weights does not divide a row of {in_features}")
         self.in_features, self.out_features = in_features, out_features
@@ -100,9 +102,8 @@ class PackedLinear(OwnDtype):
         return dequantize_weight(parts if self.weight_zero is None else {**parts, ZERO: self.weight_zero})
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+        """[..., in] → [..., out] in x's dtype, through the backend."""
+        return self.backend.linear(self, x)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -19,15 +19,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from flatq_cli.models.families import Family
-from flatq_cli.quantization.quantizers import fake_quantize
+from flatq_cli.runtime.backends.base import BackendModule
+from flatq_cli.runtime.backends.reference import REFERENCE
+from flatq_cli.runtime.kv_cache import PackedStates
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
-from flatq_cli.runtime.own_dtype import OwnDtype
-from flatq_cli.transforms.kronecker import kronecker_matmul
 
 ATTENTION = "flatq"
 
 
-class OnlineSite(OwnDtype):
+class OnlineSite(BackendModule):
     """The online part of a site: x → Q(x (L ⊗ R)), with the diagonal already folded into what produces x.
 
     Buffers, float32, `None` where the layout has no such part: `left` [n1, n1], `right` [n2, n2], `clip` [2] (factors
@@ -41,20 +41,17 @@ class OnlineSite(OwnDtype):
 
     def __init__(self, layout: SiteLayout) -> None:
         super().__init__()
+        self.backend = REFERENCE
+        self.feeds_linears = layout.name not in (KEY, QUERY, VALUE)
+        self.width = layout.width
         self.bits, self.symmetric = layout.bits, layout.symmetric
         self.register_buffer("left", torch.eye(layout.n1, dtype=torch.float32) if layout.left else None)
         self.register_buffer("right", torch.eye(layout.n2, dtype=torch.float32) if layout.right else None)
         self.register_buffer("clip", torch.ones(2, dtype=torch.float32) if layout.clip else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform and fake-quantize the last axis of `x`; shape and dtype stay."""
-        if self.left is not None or self.right is not None:
-            x = kronecker_matmul(x, _cast(self.left, x), _cast(self.right, x))
-        return fake_quantize(x, self.bits, self.symmetric, self.clip) if self.bits < 16 else x
-
-
-def _cast(matrix: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if matrix is None else matrix.to(x.dtype)
+        """Transform and quantize the last axis of `x`, through the backend; shape and dtype stay."""
+        return self.backend.site(self, x)
 
 
 def online_sites(layouts: Mapping[str, SiteLayout]) -> dict[str, nn.Module]:
@@ -111,6 +108,12 @@ class _After:
         return self.site(output)  # type: ignore[no-any-return]
 
 
+def site_behind(module: nn.Module) -> nn.Module | None:
+    """The site that what `module` puts out passes through; None: there is none."""
+    hooks = module._forward_hooks.values()
+    return next((hook.site for hook in hooks if isinstance(hook, _After)), None)
+
+
 class _Before:
     """Forward pre-hook: what the module reads passes through the site."""
 
@@ -122,19 +125,33 @@ class _Before:
 
 
 def flatq_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | PackedStates,
+    value: Tensor | PackedStates,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function `flatq`: post-RoPE query, key and value through their sites, then sdpa.
 
     Shapes as transformers gives them: query [batch, heads, tokens, head_dim], key and value [batch, kv_heads, tokens,
-    head_dim].
+    head_dim], or what a packed cache holds of them (`runtime/kv_cache.py`): that has been through its sites.
     """
     sites = module.__dict__.get("flatq_sites", {})
     if QUERY in sites:
         query = sites[QUERY](query)
-    if KEY in sites:
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        backend = sites[KEY].backend
+        attended = backend.attend(query, key, value, attention_mask, kwargs.get("scaling"))
+        if attended is not None:
+            return attended.transpose(1, 2).contiguous(), None
+    if isinstance(key, PackedStates):
+        key = key.dequantize(query.dtype)
+    elif KEY in sites:
         key = sites[KEY](key)
-    if VALUE in sites:
+    if isinstance(value, PackedStates):
+        value = value.dequantize(query.dtype)
+    elif VALUE in sites:
         value = sites[VALUE](value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 

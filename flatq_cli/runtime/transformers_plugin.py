@@ -2,10 +2,12 @@
 
 `config.json` names the method `flatq` in its `quantization_config`; transformers then asks `FlatqHfQuantizer` to turn
 the stock model, still empty on the meta device, into the quantized one: packed linears, sites, the attention function
-`flatq`. All of that follows from the recipe and the model's own config, so an export holds tensors and no code.
+`flatq`. All of that follows from the recipe and the model's own config, so an export holds tensors and no model code.
 
 transformers only warns when a checkpoint lacks a tensor, and goes on with a random one. Here the headers of the files
-are compared with the model before anything is read, and every difference is an error.
+are compared with the model before anything is read, and every difference is an error; so is every bit that is not what
+`flatq export` wrote (`runtime/integrity.py`). Where flatq has no say, because it was not imported or config.json no
+longer names it, `UNLOADABLE` in config.json makes transformers refuse.
 
 Importing this module registers the quantizer. It runs while transformers is being imported (`flatq_cli/__init__.py`):
 at module level it may import only what transformers has ready by then.
@@ -13,6 +15,7 @@ at module level it may import only what transformers has ready by then.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 METHOD = "flatq"
 FORMAT = "flatq/1"
 SECTIONS = ("weights", "activations", "kv_cache", "transform")
+UNLOADABLE = "import flatq_cli first; if it is imported, config.json is damaged"
+"""`attn_implementation` in the config.json of an export. A quantization method that transformers does not know it skips
+with a warning, and the linears are random then; an attention it does not know is an error, which quotes it. Here it is
+replaced by flatq's own."""
 
 logger = logging.get_logger(__name__)
 
@@ -103,10 +110,13 @@ class FlatqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Choose the attention function `flatq`, where keys and values pass through their sites."""
+        from flatq_cli.runtime.integrity import check_files
         from flatq_cli.runtime.sites import ATTENTION
 
+        if os.path.isdir(config.name_or_path):  # the earliest that a damaged config or index can be told
+            check_files(Path(config.name_or_path))
         asked = config._attn_implementation
-        if asked not in (None, ATTENTION, "sdpa"):
+        if asked not in (None, ATTENTION, UNLOADABLE, "sdpa"):
             logger.warning(
                 f"attn_implementation='{asked}' is not used: flatq's own attention function quantizes keys and values"
             )
@@ -116,10 +126,18 @@ class FlatqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from flatq_cli.runtime.integrity import check_files, check_shards
+
         if checkpoint_files is None:
             raise UsageError("a flatq model loads from its directory: from_pretrained(dir), without state_dict")
+        if type(model).__module__.startswith("transformers."):
+            # Not loaded through the module that `auto_map` names, so `save_pretrained` will not bring it along.
+            model.config.__dict__.pop("auto_map", None)
+        files = [Path(file) for file in checkpoint_files]
+        check_files(files[0].parent)
         quantize_skeleton(model, self.quantization_config.parsed())
-        check_tensors(model, [Path(file) for file in checkpoint_files])
+        check_tensors(model, files)
+        check_shards(files)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes what `from_pretrained` reads."""
@@ -132,7 +150,7 @@ class FlatqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Replace the linears of every block by packed ones and attach the sites, in place.
+    """Replace the linears of every block by packed ones, attach the sites and let the cache be packed, in place.
 
     Args:
         model: a stock model of a family, with the head (`…ForCausalLM`) or without; may be on the meta device.
@@ -140,6 +158,7 @@ def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
         UsageError: an architecture that no family describes.
     """
     from flatq_cli.models.families import Shapes, family_of
+    from flatq_cli.runtime.kv_cache import use_packed_cache
     from flatq_cli.runtime.layout import block_layout
     from flatq_cli.runtime.sites import attach_sites, online_sites
 
@@ -154,6 +173,8 @@ def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
         with torch.device(device):
             sites = online_sites(layouts)
         attach_sites(block, family, sites)
+    if recipe.kv_cache.bits < 16:
+        use_packed_cache(model.base_model, blocks.children())
 
 
 def _pack_linear(block: nn.Module, name: str, recipe: Recipe) -> None:
@@ -187,6 +208,8 @@ def check_tensors(model: PreTrainedModel, files: Iterable[Path]) -> None:
         UsageError: a tensor that is missing, has no place in the model, or has another shape or kind; a damaged file.
             Names both.
     """
+    from flatq_cli.runtime.integrity import home_of
+
     prefix = _missing_prefix(model)
     tied = getattr(model, "all_tied_weights_keys", {})
     expected: dict[str, Tensor] = {prefix + name: tensor for name, tensor in model.state_dict().items()}
@@ -206,7 +229,7 @@ def check_tensors(model: PreTrainedModel, files: Iterable[Path]) -> None:
                 raise UsageError(f"{file}: tensor {name} is {dtype}, not {' or '.join(_stored_as(want.dtype))}")
     missing = sorted(expected.keys() - found.keys() - optional)
     if missing:
-        where = next(iter({file.parent for file in found.values()}), "the checkpoint")
+        where = home_of(missing[0], next((file.parent for file in found.values()), Path("the checkpoint")))
         more = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise UsageError(
             f"{where}: tensor {missing[0]}{more} is missing; export the run again, or copy the directory again"

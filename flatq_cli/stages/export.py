@@ -1,11 +1,13 @@
 """`flatq export`: write the fused model as a directory that an engine loads, load it again, and compare.
 
     RUN/export/<format>/        the directory, with a manifest as every stage has one
-    model-0000k-of-0000n.safetensors, model.safetensors.index.json, config.json, generation_config.json, tokenizer files
+    model-0000k-of-0000n.safetensors, model.safetensors.index.json, config.json, generation_config.json, tokenizer
+    files, modeling_flatq.py (for transformers without flatq), README.md (the model card)
 
 The format `flatq` is for transformers, after `import flatq_cli`; docs/format.md describes every byte of it. Its tensors
 differ from those of RUN/fuse in one thing: codes are packed. Shards are made one at a time, and a killed export goes on
-where it was.
+where it was. The card holds the figures that RUN/eval has; a finished export gets a new card, and nothing else, when
+these have changed.
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ from flatq_cli.models.locate import load_tokenizer
 from flatq_cli.quantization.packing import pack
 from flatq_cli.quantization.weights import CODES
 from flatq_cli.runtime.fused import FusedSource, open_fused
+from flatq_cli.runtime.integrity import DIGESTS, digests
 from flatq_cli.runtime.linear import PACKED, PackedLinear
-from flatq_cli.runtime.transformers_plugin import FORMAT, FlatqConfig
+from flatq_cli.runtime.transformers_plugin import FORMAT, UNLOADABLE, FlatqConfig
 from flatq_cli.stages.fuse import INDEX
 from flatq_cli.stages.fuse import STAGE as FUSE
 from flatq_cli.stages.inspect import tensors_of
+from flatq_cli.stages.model_card import CARD, license_of, model_card
+from flatq_cli.stages.remote_code import FILE as REMOTE_CODE
+from flatq_cli.stages.remote_code import auto_map, remote_code
 from flatq_cli.store import atomic
 from flatq_cli.store.progress import Progress, SilentProgress
 from flatq_cli.store.records import RunConfig
@@ -69,9 +75,13 @@ def export(run: Run, format: str, out: Path | None, progress: Progress) -> dict[
     path = str(out or stage.path)
     if stage.done and all(stage.complete(name, verify=True) for name in stage.manifest.items):
         progress.log(f"export: {path} is done")
+        metrics, seconds = dict(stage.manifest.metrics), stage.manifest.seconds
     else:
         metrics = EXPORTERS[format].write(run, stage, progress)
-        stage.finish(metrics, seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+    _write_card(run, stage, metrics, progress)
+    if not stage.done:
+        stage.finish(metrics, seconds)
     return {"path": path, **stage.manifest.metrics}
 
 
@@ -101,10 +111,11 @@ def _write_flatq(run: Run, stage: Stage, progress: Progress) -> dict[str, Any]:
             tensors = packed(fused.load(name), bits)
             file = fused.manifest.items[name].file
             stage.save(name, file, tensors, seconds=time.monotonic() - started, metadata={"format": "pt"})
-    _write_index(stage)
     _add_text(stage, "config.json", _config(source, run.config).to_json_string())
     _add_text(stage, "generation_config.json", _generation_config(source))
+    _add_text(stage, REMOTE_CODE, remote_code(_architecture(source), type(source.config).__name__))
     _write_tokenizer(stage, source)
+    _write_index(stage)
     progress.log("export: loading it again and comparing")
     verified = verify(source, stage.path)
     size = sum(item.bytes for item in stage.manifest.items.values() if item.file.endswith(".safetensors"))
@@ -124,18 +135,27 @@ def packed(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
 
 
 def _write_index(stage: Stage) -> None:
-    """The index that says which shard holds a tensor, in the layout of the Hugging Face hub."""
+    """The index that says which shard holds a tensor, in the layout of the Hugging Face hub, and the digests of all."""
     weight_map: dict[str, str] = {}
     total = 0
-    for item in list(stage.manifest.items.values()):
-        if item.file.endswith(".safetensors"):
-            tensors = tensors_of(stage.path / item.file)
-            weight_map |= {tensor["name"]: item.file for tensor in tensors}
-            total += sum(tensor["bytes"] for tensor in tensors)
-    atomic.write_json(
-        stage.path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    files = [stage.path / item.file for item in stage.manifest.items.values()]
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    for shard in shards:
+        tensors = tensors_of(shard)
+        weight_map |= {tensor["name"]: shard.name for tensor in tensors}
+        total += sum(tensor["bytes"] for tensor in tensors)
+    metadata = {"total_size": total, DIGESTS: digests(shards, files)}
+    atomic.write_json(stage.path / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     stage.add_file(INDEX, stage.path / INDEX)
+
+
+def _write_card(run: Run, stage: Stage, metrics: dict[str, Any], progress: Progress) -> None:
+    """Write the model card unless it is there and says the same."""
+    file = stage.path / CARD
+    card = model_card(run, metrics, license_of(Path(run.config.model.location), file))
+    if not stage.complete(CARD, verify=True) or file.read_text(encoding="utf-8") != card:
+        _add_text(stage, CARD, card)
+        progress.log(f"export: {CARD} is written")
 
 
 def _add_text(stage: Stage, name: str, content: str) -> None:
@@ -148,11 +168,18 @@ def _config(source: FusedSource, run: RunConfig) -> Any:
     config = copy.deepcopy(source.config)
     # A GGUF's config carries the name from its header under this key.
     config.__dict__.pop("_model_name_or_path", None)
-    config.architectures = [type(source.skeleton()).__name__]
+    config.architectures = [_architecture(source)]
+    config.auto_map = auto_map(_architecture(source))
     config.dtype = source.checkpoint.read(f"{source.family.embedding}.weight").dtype
     config.tie_word_embeddings = source.tied
     config.quantization_config = FlatqConfig.of(run.recipe, run.recipe_name)
+    config.attn_implementation = UNLOADABLE
     return config
+
+
+def _architecture(source: FusedSource) -> str:
+    """transformers' class of the model: `LlamaForCausalLM`."""
+    return type(source.skeleton()).__name__
 
 
 def _generation_config(source: FusedSource) -> str:

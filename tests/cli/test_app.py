@@ -281,8 +281,8 @@ def test_a_place_that_cannot_take_the_json_is_refused_before_anything_is_measure
 def test_run_does_all_four_stages_on_one_run(stages):
     result = flatq("run", "--model", "llama-3-8b", "--recipe", "rtn", "--ppl", "a.txt", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert stages.names() == ["check", "open", "calibrate", "fuse", "export", "eval"]
-    assert stages.calls[-1][1][0]["target"] == "runs/llama-3-8b-rtn"
+    assert stages.names() == ["check", "open", "calibrate", "fuse", "export", "eval", "export"]
+    assert stages.calls[-2][1][0]["target"] == "runs/llama-3-8b-rtn"
     assert "19.26" in result.stdout
 
 
@@ -295,13 +295,13 @@ def test_run_refuses_wrong_questions_before_it_works(stages, monkeypatch):
 
 def test_run_hands_the_folder_of_questions_to_eval(stages):
     flatq("run", "--model", "llama-3-8b", "--tasks", "piqa", "--data-dir", "mirror", "--device", "cpu")
-    assert stages.calls[-1][1][0]["data_dir"] == Path("mirror")
-    assert stages.calls[-1][1][0]["tasks"] == ("piqa",)
+    assert stages.calls[-2][1][0]["data_dir"] == Path("mirror")
+    assert stages.calls[-2][1][0]["tasks"] == ("piqa",)
 
 
 def test_run_measures_something_even_if_nothing_was_asked(stages):
     flatq("run", "--model", "llama-3-8b", "--device", "cpu")
-    assert stages.calls[-1][1][0]["ppl"] == ("auto",)
+    assert stages.calls[-2][1][0]["ppl"] == ("auto",)
 
 
 def test_inspect_shows_summary_and_tensors(stages):
@@ -385,7 +385,8 @@ def in_a_process(*arguments, **options):
 def test_help_in_a_real_process_names_every_command():
     result = in_a_process("--help")
     assert result.returncode == 0
-    for command in ("calibrate", "fuse", "export", "eval", "run", "inspect", "compare", "models", "recipes", "doctor"):
+    commands = "calibrate fuse export eval generate run inspect compare models recipes doctor"
+    for command in commands.split():
         assert f" {command} " in result.stdout
     assert "\x1b" not in result.stdout
 

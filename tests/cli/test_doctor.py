@@ -12,6 +12,7 @@ from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.errors import UsageError
 from flatq_cli.kernels import compiler
 from flatq_cli.kernels.errors import KernelError
+from flatq_cli.runtime import backends
 
 
 def test_doctor_reports_this_installation():
@@ -58,6 +59,11 @@ def test_doctor_says_what_the_kernels_lack(monkeypatch):
 
     monkeypatch.setattr(compiler, "load_nvrtc", missing)
     assert doctor.examine()["kernels"] == "no: CUDA kernels need CuPy"
+
+
+def test_doctor_says_of_each_backend_whether_it_works_here(monkeypatch):
+    monkeypatch.setattr(backends, "available", lambda: {"reference": None, "cuda": "no GPU"})
+    assert doctor.examine()["backends"] == {"reference": "yes", "cuda": "no: no GPU"}
 
 
 @pytest.mark.parametrize(("present", "auto"), [(True, "cuda"), (False, "cpu")])

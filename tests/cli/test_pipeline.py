@@ -245,6 +245,8 @@ def test_run_does_all_four_and_done_again_makes_nothing_anew(in_folder):
     second = here(*command, "--json", "second.json")
     assert second.code == 0, second.stderr
     assert artifacts(Path("runs/tiny-rtn")) == written
+    card = Path("runs/tiny-rtn/export/flatq/README.md").read_text(encoding="utf-8")
+    assert "| perplexity of story (" in card
     for stage in ("calibrate", "fuse", "export"):
         assert f"{stage}: " in second.stderr
         assert f"{stage} 2/2" not in second.stderr

@@ -161,14 +161,14 @@ def test_no_pickle_is_fetched_from_the_hub(monkeypatch, llama_dir):
     assert asked["revision"] == "v1"
     files = [
         "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
+        "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "README.md",
         "pytorch_model.bin", "model.pt", "tokenizer.bin", "consolidated.safetensors", "consolidated.00.pth",
-        "original/params.json", "onnx/model.safetensors", "README.md", "modeling_x.py",
+        "original/params.json", "onnx/model.safetensors", "modeling_x.py",
     ]  # fmt: skip
     fetched = huggingface_hub.utils.filter_repo_objects(
         files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
-    assert list(fetched) == files[:8]
+    assert list(fetched) == files[:9]
 
 
 def test_the_fingerprint_sees_weights_config_and_tokenizer(llama_dir):

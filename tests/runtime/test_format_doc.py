@@ -229,7 +229,7 @@ def loaded(directory: Path, tokens: list[int]) -> tuple[np.ndarray, dict[str, np
         if ".sites." in name:
             module.register_forward_hook(record(name))
     with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0].numpy()
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
     return logits, outputs
 
 

@@ -1,0 +1,183 @@
+"""What a backend is: how sites, packed linears and the packed cache compute, behind a few calls.
+
+    site(site, x)        an activation through its site: what the linears that read it get
+    linear(linear, x)    a packed linear on that
+    store(…), attend(…)  keys and values into the packed cache, and attention over it, where it has its own way
+    why_not(...)         why it does not work here, or None
+
+`reference` defines every result; another backend gives the same up to float rounding. A backend that multiplies
+integers returns a `QuantizedActivation` from `site`: the stock block passes it on to the linears as if it were the
+float activation, so it is computed once and shared. Backends hold no state: what one prepares for a module (codes laid
+out for its kernels) is kept by the module (`BackendModule.prepared`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import Self
+
+from flatq_cli.quantization.packing import unpack
+from flatq_cli.quantization.quantizers import dequantize
+from flatq_cli.runtime.own_dtype import OwnDtype
+
+if TYPE_CHECKING:
+    from flatq_cli.runtime.kv_cache import PackedStates
+    from flatq_cli.runtime.linear import PackedLinear
+    from flatq_cli.runtime.sites import OnlineSite
+
+T = TypeVar("T")
+
+
+class Backend(ABC):
+    """One way to run sites and packed linears."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def why_not(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+        """Why this backend does not run here, or not on `device` in `dtype` where they are given; None: it does."""
+
+    @abstractmethod
+    def site(self, site: OnlineSite, x: Tensor) -> Tensor:
+        """`x` `[..., width]` transformed and quantized: a tensor of x's shape, dtype and device.
+
+        A `QuantizedActivation` only where `site.feeds_linears`; attention computes with what the others return.
+        """
+
+    @abstractmethod
+    def linear(self, linear: PackedLinear, x: Tensor) -> Tensor:
+        """x Wᵀ + b: `[..., in]` → `[..., out]` in x's dtype. `x` comes from `site`, or is any float tensor."""
+
+    def store(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], row: int) -> bool:
+        """Write keys or values into a packed cache (`runtime/kv_cache.py`); False: not done, torch does it.
+
+        Args:
+            x: `[batch, kv_heads, tokens, head_dim]`, before `site`. parts: codes, scale and, if any, zero of the cache.
+            row: where the first token goes.
+        """
+        return False
+
+    def attend(
+        self, query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scaling: float | None
+    ) -> Tensor | None:
+        """Attention over a packed cache, `[batch, heads, tokens, head_dim]`; None: not done, torch does it.
+
+        Args:
+            query: `[batch, heads, tokens, head_dim]`, through its site. mask: as sdpa takes it; None: causal.
+            scaling: factor on the scores; None: head_dim ** -0.5.
+        """
+        return None
+
+    def attach(self, model: nn.Module) -> None:
+        """Change what `model` is made of as this backend likes it; `detach` undoes it."""
+        return
+
+    def detach(self, model: nn.Module) -> None:
+        """Undo `attach`."""
+        return
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing to copy: a copied model runs with the same backend
+
+
+class QuantizedActivation(Tensor):
+    """An activation as integer codes that looks like the float tensor it stands for: (code - zero) · scale.
+
+    It has the float's shape, dtype and device; an operation that knows nothing of codes computes with the float
+    values. No gradient passes through it.
+
+    Args:
+        codes: int8 or float32, as many as the float has, or bytes as `kernels.kron_quant` packs them: uint8 rows.
+        scale: float32, one a row. zero: int32, one a row; None: 0. Leading axes may be folded into one.
+        shape, dtype: of the float. bits: of packed codes. values: the float tensor, if it is there already.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    _floats: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[QuantizedActivation],
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        bits: int,
+        values: Tensor | None = None,
+    ) -> QuantizedActivation:
+        make = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made: QuantizedActivation = make(cls, shape, dtype=dtype, device=codes.device)
+        made.codes, made.scale, made.zero, made.bits, made._floats = codes, scale, zero, bits, values
+        return made
+
+    def values(self) -> Tensor:
+        """The float tensor it stands for; computed once."""
+        if self._floats is None:
+            codes = self.codes.reshape(self.scale.numel(), -1)
+            if codes.dtype == torch.uint8:
+                codes = unpack(codes, self.bits, self.shape[-1], self.zero is None)
+            zero = None if self.zero is None else self.zero.reshape(-1, 1)
+            self._floats = dequantize(codes, self.scale.reshape(-1, 1), zero).to(self.dtype).reshape(self.shape)
+        return self._floats
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Any operation: on the float values."""
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError(f"{func}: a quantized activation is shared by its readers; clone it before changing it")
+        args, kwargs = pytree.tree_map_only(cls, cls.values, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"QuantizedActivation({list(self.shape)}, {self.dtype}, {self.device})"
+
+
+class BackendModule(OwnDtype):
+    """A module that computes through a backend and keeps what the backend prepared for it.
+
+    The prepared form is made at the first forward and is no part of the state. It goes when the module moves, loads a
+    state or gets other tensors; whoever changes a tensor in place calls `drop_prepared`.
+    """
+
+    backend: Backend
+
+    def prepared(self, make: Callable[[Self], T]) -> T:
+        """`make(self)`, kept until a tensor of this module is another one."""
+        kept = self.__dict__.get("_prepared")
+        if kept is not None and kept[0] is make and all(map(is_, kept[1], self._buffers.values())):
+            return kept[2]  # type: ignore[no-any-return]
+        made = make(self)
+        # Not a submodule, a parameter or a buffer: past nn.Module's __setattr__.
+        self.__dict__["_prepared"] = (make, list(self._buffers.values()), made)
+        return made
+
+    def drop_prepared(self) -> None:
+        """Forget the prepared form; the next forward makes it again."""
+        self.__dict__.pop("_prepared", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_prepared()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_prepared()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the module, or one on disk, prepares for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}

@@ -1,0 +1,213 @@
+"""The backend `cuda`: flatq's own kernels (`flatq_cli.kernels`) on an NVIDIA GPU.
+
+    site        kron_quant: transform, clip, round and pack in one launch, with the norm before it (`attach`)
+    linear      w4a4_gemm or w4a8_gemm: integers by packed integers, nothing is unpacked
+    store       kv_quant_: keys and values transformed, rounded and written into the packed cache in one launch
+    attend      kv_attention: a few queries read the packed cache directly
+
+What no kernel is for (weights that are not symmetric 4-bit codes, activations left in floating point, a site without
+a matrix, long prompts' attention) is computed as `reference` does, on the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flatq_cli.kernels.gemm import w4a4_gemm, w4a8_gemm
+from flatq_cli.kernels.kron_quant import KronMatrices, kron_quant, prepare_kron
+from flatq_cli.kernels.kv_attention import MAX_QUERY, kv_attention, visible_keys
+from flatq_cli.kernels.kv_quant import HALF_NAMES, kv_quant_
+from flatq_cli.runtime.backends.base import Backend, QuantizedActivation
+from flatq_cli.runtime.backends.reference import REFERENCE
+
+if TYPE_CHECKING:
+    from flatq_cli.runtime.kv_cache import PackedStates
+    from flatq_cli.runtime.linear import PackedLinear
+    from flatq_cli.runtime.sites import OnlineSite
+
+ACTIVATION_BITS = (4, 8)
+WEIGHT_BITS = 4
+CACHE_BITS = (4, 8)
+GREATEST_HEAD = 256
+
+
+class Cuda(Backend):
+    """int4 and int8 tensor cores."""
+
+    name = "cuda"
+
+    def why_not(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+        """It needs a GPU, CuPy to compile and launch kernels, and a model on that GPU in 16 bits."""
+        if device is not None and device.type != "cuda":
+            return f"the model is on {device}, not on a GPU"
+        if dtype is not None and dtype not in HALF_NAMES:
+            return f"its kernels compute in float16 or bfloat16, not in {dtype}"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA GPU"
+        if importlib.util.find_spec("cupy") is None:
+            return "CuPy is not installed, which compiles and launches the kernels: pip install cupy-cuda13x"
+        return None
+
+    def site(self, site: OnlineSite, x: Tensor) -> Tensor:
+        """Packed codes from one launch."""
+        if isinstance(x, QuantizedActivation):
+            return x  # of a fused norm
+        if not _fits(site, x):
+            return REFERENCE.site(site, x)
+        matrices = site.prepared(_matrices[x.dtype])
+        result = kron_quant(x, matrices, _clip(site, x.device), bits=site.bits, symmetric=site.symmetric)
+        return QuantizedActivation(*result, x.shape, x.dtype, site.bits)
+
+    def attach(self, model: nn.Module) -> None:
+        """Let norms whose output passes a site give that site's codes themselves."""
+        for norm, site in _norms_with_sites(model):
+            norm.__dict__["forward"] = _FusedNorm(norm, site)
+
+    def detach(self, model: nn.Module) -> None:
+        """Give the norms their own forward back."""
+        for norm, _ in _norms_with_sites(model):
+            norm.__dict__.pop("forward", None)
+
+    def linear(self, linear: PackedLinear, x: Tensor) -> Tensor:
+        """Integers by packed integers."""
+        if not isinstance(x, QuantizedActivation) or linear.bits != WEIGHT_BITS or linear.weight_zero is not None:
+            return REFERENCE.linear(linear, x)
+        gemm = w4a4_gemm if x.bits == 4 else w4a8_gemm
+        scale = linear.weight_scale
+        grouped = scale.shape[1] > 1
+        return gemm(
+            (x.codes, x.scale, x.zero),
+            linear.weight_packed,
+            scale if grouped else scale[:, 0],
+            in_features=linear.in_features,
+            weight_sum=linear.prepared(_row_sums) if x.zero is not None and not grouped else None,
+            bias=linear.bias,
+            dtype=x.dtype,
+        )
+
+    def store(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], row: int) -> bool:
+        """Rows into the cache by one launch; 4 and 8 asymmetric bits."""
+        head_dim = x.shape[-1]
+        fits = site.bits in CACHE_BITS and not site.symmetric and x.dtype in HALF_NAMES
+        if not fits or head_dim % 2 or head_dim > GREATEST_HEAD:
+            return False
+        matrix = None if site.right is None else site.prepared(_heads_matrix[x.dtype])
+        start = torch.full((x.shape[0],), row, dtype=torch.int32, device=x.device)
+        codes, scale, zero = parts
+        kv_quant_(x, matrix, _clip(site, x.device), codes, scale, zero, start)
+        return True
+
+    def attend(
+        self, query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scaling: float | None
+    ) -> Tensor | None:
+        """A few queries over the packed cache."""
+        batch, _, tokens, head_dim = query.shape
+        fits = keys.bits in CACHE_BITS and values.bits == keys.bits and query.dtype in HALF_NAMES
+        if not fits or tokens > MAX_QUERY or head_dim % 2 or head_dim > GREATEST_HEAD:
+            return None
+        if keys.zero is None or values.zero is None or (keys.start, keys.end) != (values.start, values.end):
+            return None
+        hidden = _hidden_before(mask, batch, tokens, keys.end - keys.start, query.device)
+        if hidden is None:
+            return None
+        return kv_attention(
+            query,
+            *(keys.codes, keys.scale, keys.zero),
+            *(values.codes, values.scale, values.zero),
+            torch.full((batch,), keys.end, dtype=torch.int32, device=query.device),
+            softmax_scale=1 / math.sqrt(head_dim) if scaling is None else scaling,
+            first=hidden + keys.start,
+        )
+
+
+class _FusedNorm:
+    """Forward of an RMS norm and of the site behind it: x · rsqrt(mean(x²) + ε) · weight, transformed and rounded, in
+    one launch. The product is rounded to 16 bits once, where the stock norm rounds it twice.
+    """
+
+    def __init__(self, norm: Any, site: OnlineSite) -> None:
+        self.norm, self.site = norm, site
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm, site = self.norm, self.site
+        if not _fits(site, x) or norm.weight.dtype != x.dtype:
+            output: Tensor = type(norm).forward(norm, x)
+            return output
+        result = kron_quant(
+            x,
+            site.prepared(_matrices[x.dtype]),
+            _clip(site, x.device),
+            bits=site.bits,
+            symmetric=site.symmetric,
+            norm_weight=norm.weight,
+            norm_eps=norm.variance_epsilon,
+        )
+        return QuantizedActivation(*result, x.shape, x.dtype, site.bits)
+
+
+def _norms_with_sites(model: nn.Module) -> list[tuple[nn.Module, OnlineSite]]:
+    """The RMS norms behind which a site hangs."""
+    from flatq_cli.runtime.sites import OnlineSite, site_behind
+
+    found = [(module, site_behind(module)) for module in model.modules() if hasattr(module, "variance_epsilon")]
+    return [(norm, site) for norm, site in found if isinstance(site, OnlineSite)]
+
+
+def _fits(site: OnlineSite, x: Tensor) -> bool:
+    """Whether there is a kernel for `site` on `x`."""
+    transformed = site.left is not None or site.right is not None
+    return transformed and site.feeds_linears and site.bits in ACTIVATION_BITS and x.dtype in HALF_NAMES
+
+
+def _hidden_before(mask: Tensor | None, batch: int, tokens: int, visible: int, device: torch.device) -> Tensor | None:
+    """How many keys lie before the first one that each sequence sees, int32 [batch], if `mask` is causal but for that
+    (left padding); None: another mask.
+
+    Args:
+        mask: bool [batch or 1, 1, tokens, visible], True where a query sees a key; None: causal.
+    """
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int32, device=device)
+    kept: tuple[int, Tensor | None] | None = getattr(mask, "_flatq_hidden", None)
+    # All blocks are given one mask: it is looked at once, which waits for the GPU once a step.
+    if kept is not None and kept[0] == visible:
+        return kept[1]
+    found = None
+    if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[-1] == visible:
+        seen = mask[:, 0].expand(batch, tokens, visible)
+        hidden = seen[:, -1].int().argmax(-1).to(torch.int32)
+        lengths = torch.full((batch,), visible, dtype=torch.int32, device=device)
+        if torch.equal(seen, visible_keys(lengths, hidden, 0, tokens, visible)):
+            found = hidden
+    mask._flatq_hidden = (visible, found)  # type: ignore[attr-defined]
+    return found
+
+
+def _clip(site: OnlineSite, device: torch.device) -> Tensor:
+    return torch.ones(2, device=device) if site.clip is None else site.clip
+
+
+def _prepare_kron(dtype: torch.dtype, site: OnlineSite) -> KronMatrices:
+    return prepare_kron(site.left, site.right, dtype, site.width)
+
+
+def _prepare_heads(dtype: torch.dtype, site: OnlineSite) -> Tensor:
+    assert site.right is not None
+    return site.right.to(dtype).contiguous()
+
+
+def _row_sums(linear: PackedLinear) -> Tensor:
+    """Σ of each row's codes, int32 [out]: what an activation's zero point is multiplied by."""
+    return linear.codes().sum(1, dtype=torch.int32)
+
+
+# What a module keeps is found again by the function that made it: one for each dtype.
+_matrices = {dtype: partial(_prepare_kron, dtype) for dtype in HALF_NAMES}
+_heads_matrix = {dtype: partial(_prepare_heads, dtype) for dtype in HALF_NAMES}

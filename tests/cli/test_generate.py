@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import flatq_cli
@@ -132,7 +133,10 @@ def test_figures_that_are_not_known_are_left_out():
 
 def test_a_process_streams_and_ends_cleanly_on_ctrl_c(tmp_path):
     """For real: what was said stays, and one line follows."""
-    tiny_model_dir(tmp_path, "llama", max_position_embeddings=100_000, eos_token_id=None).rename(tmp_path / "tiny")
+    tiny_model_dir(tmp_path, "llama", max_position_embeddings=100_000).rename(tmp_path / "tiny")
+    weights = load_file(tmp_path / "tiny" / "model.safetensors")
+    weights["lm_head.weight"][1] = 0  # the token that ends a text is never the likeliest
+    save_file(weights, tmp_path / "tiny" / "model.safetensors", metadata={"format": "pt"})
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(flatq_cli.__file__).parents[1]),

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from flatq_cli.runtime.backends.reference import REFERENCE
 from flatq_cli.transforms.kronecker import kronecker_matmul
 
 if TYPE_CHECKING:
+    from flatq_cli.runtime.kv_cache import PackedStates
     from flatq_cli.runtime.linear import PackedLinear
     from flatq_cli.runtime.sites import OnlineSite
 
@@ -63,7 +65,11 @@ class Cpu(Backend):
         constants = site.prepared(SiteConstants)
         if site.bits == FLOAT_BITS:
             return constants.transform(x).to(x.dtype)
-        codes, scale, zero = round_rows(constants.transform(x), site.bits, site.symmetric, constants.clip)
+        y = constants.transform(x)
+        if site.symmetric and x.numel() == x.shape[-1]:
+            codes, scale, zero = round_row(y, site.bits, constants.clip)
+        else:
+            codes, scale, zero = round_rows(y, site.bits, site.symmetric, constants.clip)
         if zero is not None:
             codes = codes.sub_(zero)
         if not site.feeds_linears or not fits_int8(site.bits, site.symmetric):
@@ -105,6 +111,40 @@ class Cpu(Backend):
             parts[2][:, :, rows] = zero.squeeze(-1).nan_to_num_(0)
         return True
 
+    def attend(
+        self, query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scaling: float | None
+    ) -> Tensor | None:
+        """One token over a cache of asymmetric 4-bit codes, with codes as operands: scales and zero points apply to
+        scores and weights, of which there is one a key, and not to every number of the cache.
+        """
+        batch, heads, tokens, width = query.shape
+        if tokens != 1 or mask is not None or not _attends(keys) or not _attends(values):
+            return None
+        grouped = query.float().view(batch, keys.codes.shape[1], -1, width)
+        # A byte holds an even and an odd channel: all even ones first, then all odd ones.
+        grouped = torch.cat([grouped[..., ::2], grouped[..., 1::2]], -1)
+        codes, scale, zero = _numbers(keys)
+        scores = (grouped @ codes.mT).sub_(grouped.sum(-1, keepdim=True) * zero)
+        scores = scores.mul_(scale * (width**-0.5 if scaling is None else scaling)).softmax(-1)
+        codes, scale, zero = _numbers(values)
+        weights = scores.mul_(scale)
+        sums = (weights @ codes).sub_((weights * zero).sum(-1, keepdim=True))
+        in_pairs = sums.view(*sums.shape[:-1], 2, width // 2).mT
+        return in_pairs.reshape(batch, heads, tokens, width).to(query.dtype)
+
+
+def _attends(states: PackedStates) -> bool:
+    return states.bits == 4 and states.zero is not None and states.width % 2 == 0
+
+
+def _numbers(states: PackedStates) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[batch, kv_heads, keys, width]`, even channels first; scales and zeros `[batch, kv_heads, 1, keys]`."""
+    assert states.zero is not None
+    rows = slice(states.start, states.end)
+    packed = states.codes[:, :, rows]
+    codes = torch.cat([packed & 15, packed >> 4], -1).float()
+    return codes, states.scale[:, :, None, rows], states.zero[:, :, None, rows].float()
+
 
 def fits_int8(bits: int, symmetric: bool) -> bool:
     """Whether code - zero fits int8."""
@@ -135,13 +175,14 @@ class SiteConstants:
 
     def __init__(self, site: OnlineSite) -> None:
         self._own = site.left, site.right
+        self._identity = site.left is None and site.right is None
         self._cast: dict[torch.dtype, tuple[Tensor | None, Tensor | None]] = {}
         most, least = (1.0, 1.0) if site.clip is None else site.clip.tolist()
         self.clip = float(most), float(least)
 
     def transform(self, x: Tensor) -> Tensor:
         """`x` `[..., width]` times L ⊗ R, in x's dtype; in float32 if x is small: products in 16 bits start slowly."""
-        if self._own == (None, None):
+        if self._identity:
             return x
         x = x.float() if x.numel() <= SMALL else x
         if x.dtype not in self._cast:
@@ -170,6 +211,17 @@ def round_rows(y: Tensor, bits: int, symmetric: bool, clip: tuple[float, float])
     scale.masked_fill_(scale == 0, 1.0)
     zero = least.neg_().div_(scale).round_()
     return Codes((y / scale).round_().add_(zero).clamp_(low, high), scale, zero)
+
+
+def round_row(y: Tensor, bits: int, clip: tuple[float, float]) -> Codes:
+    """`round_rows` for one row and symmetric codes: what is a number to a row is a number here, too."""
+    y = y.float()
+    low, high = code_range(bits, symmetric=True)
+    most, least = np.float32(y.amax().item()), np.float32(y.amin().item())
+    scale = max(most * np.float32(clip[0]), least * np.float32(-clip[1])) / np.float32(high)
+    # Python's max may pass over a NaN.
+    step = math.nan if math.isnan(most) or math.isnan(least) else float(scale) or 1.0
+    return Codes((y / step).round_().clamp_(low, high), torch.full((*y.shape[:-1], 1), step), None)
 
 
 # ---- Weights. ----

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from flatq_cli.quantization.quantizers import fake_quantize, quantize
 from flatq_cli.runtime.backends import BACKENDS, QuantizedActivation, cpu, set_backend
-from flatq_cli.runtime.backends.cpu import FEW_ROWS, Weights, round_rows
+from flatq_cli.runtime.backends.cpu import FEW_ROWS, Weights, round_row, round_rows
+from flatq_cli.runtime.kv_cache import PackedStates
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.runtime.linear import PackedLinear
 from flatq_cli.runtime.sites import OnlineSite
@@ -140,6 +142,44 @@ def test_rows_go_into_the_cache_as_torch_puts_them_there(symmetric):
         assert torch.equal(part[:, :, 2:7], rows)
         assert not part[:, :, :2].any()
         assert not part[:, :, 7:].any()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("width", [1, 24, 576])
+def test_one_row_is_rounded_as_many_are(bits, width):
+    generator = torch.Generator().manual_seed(width)
+    inf, nan = float("inf"), float("nan")
+    rows = [torch.randn(1, 1, width, generator=generator) * 10.0**power for power in range(-6, 7)]
+    rows += [torch.zeros(1, 1, width), *(rows[6].clone() for _ in range(3))]
+    for row, bad in zip(rows[-3:], (nan, inf, -inf), strict=True):
+        row[..., 0] = bad
+    for row in (*rows, *(row.abs() for row in rows), *(-row.abs() for row in rows)):
+        for clip in ((1.0, 1.0), (0.7, 0.95), (0.95, 0.7)):
+            one, many = round_row(row.clone(), bits, clip), round_rows(row.clone(), bits, True, clip)
+            assert torch.equal(one.codes.nan_to_num(), many.codes.nan_to_num())
+            assert torch.equal(one.scale.nan_to_num(), many.scale.nan_to_num())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_token_attends_to_packed_keys_as_sdpa_does_to_their_numbers(heads, start):
+    generator = torch.Generator().manual_seed(heads)
+
+    def states() -> PackedStates:
+        codes = torch.randint(256, (3, 2, 40, 8), dtype=torch.uint8, generator=generator)
+        scale = torch.rand(3, 2, 40, generator=generator)
+        zero = torch.randint(16, (3, 2, 40), dtype=torch.uint8, generator=generator)
+        return PackedStates(codes, scale, zero, start, 33, 4, 16)
+
+    keys, values = states(), states()
+    query = torch.randn(3, heads, 1, 16, generator=generator)
+    found = CPU.attend(query, keys, values, None, 0.3)
+    numbers = (states.dequantize(torch.float64) for states in (keys, values))
+    wanted = functional.scaled_dot_product_attention(query.double(), *numbers, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert CPU.attend(query.expand(3, heads, 2, 16), keys, values, None, 0.3) is None
+    assert CPU.attend(query, keys, values, torch.ones(3, 1, 1, 33 - start, dtype=torch.bool), 0.3) is None
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
-from flatq_cli.cli.generate import generate
+from flatq_cli.cli.generate import Backend, generate
 from flatq_cli.cli.process import keep_freed_memory
 from flatq_cli.cli.report import report
 from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
@@ -176,6 +176,9 @@ def evaluate(
     num_fewshot: Fewshot = None,
     data_dir: DataDir = None,
     device: DeviceOption = Device.auto,
+    backend: Annotated[
+        Backend | None, typer.Option("--backend", help="What an export computes through. (default: reference)")
+    ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -197,6 +200,7 @@ def evaluate(
             num_fewshot=num_fewshot,
             trust_remote_code=trust_remote_code,
             data_dir=data_dir,
+            backend=None if backend is None else backend.value,
         )
         _write_eval(stage.evaluate(request, progress).to_json(), json_file)
 

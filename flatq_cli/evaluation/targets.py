@@ -37,6 +37,7 @@ class Target:
     Attributes:
         spec: what the user typed. kind: as in schema `flatq.eval/1`. recipe: the name of its recipe; None for float.
         tokenizer: its tokenizer. device, dtype: where and in what it computes.
+        backend: what a model of flatq's computes through once it is loaded (`runtime/backends`); None: `reference`.
         source: its blocks, if it can be streamed. load: loads the whole model, on the CPU or where it pleases.
     """
 
@@ -48,12 +49,17 @@ class Target:
     dtype: torch.dtype
     load: Callable[[], PreTrainedModel]
     source: BlockSource | None = None
+    backend: str | None = None
     _model: PreTrainedModel | None = field(default=None, repr=False)
 
     def model(self) -> PreTrainedModel:
         """The whole model on `device`, ready to answer; loaded the first time it is asked for."""
         if self._model is None:
             self._model = self.load().to(self.device).eval()
+            if self.backend is not None:
+                from flatq_cli.runtime.backends import set_backend
+
+                set_backend(self._model, self.backend)
         return self._model
 
     def logits(self, windows: Tensor, progress: Progress) -> Iterator[Tensor]:

@@ -45,6 +45,7 @@ class EvalRequest:
         seqlen: tokens in a window of a text. limit: windows of each text and questions of each task; None for all.
         baseline: a second target, measured in the same way. batch: questions in a forward pass.
         device: "cpu" or "cuda". num_fewshot: examples before a question; None: as the task says.
+        backend: what an export computes through; None: `reference`, which defines its results.
     """
 
     target: str
@@ -58,6 +59,7 @@ class EvalRequest:
     num_fewshot: int | None = None
     trust_remote_code: bool = False
     data_dir: Path | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     take_peak()  # what was needed before is not the evaluation's
     started = time.monotonic()
     target = open_target(request.target, request.device, request.trust_remote_code)
+    if request.backend is not None and target.kind != "packed":
+        raise UsageError(f"--backend {request.backend}: is for exports, and {request.target} is {target.kind}")
+    target.backend = request.backend
     read_text = partial(_read_text, warn=progress.log)
     texts = _distinct([read_text(spec) for spec in dict.fromkeys(request.ppl)])
     tasks = load_tasks(request.tasks, read_text, request.data_dir) if request.tasks else None

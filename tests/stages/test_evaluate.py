@@ -106,6 +106,20 @@ def test_a_run_and_its_export_have_the_same_figures(run: Run, text: Path):
     assert scores[0] == pytest.approx(scores[1], rel=1e-4, nan_ok=True)
 
 
+def test_an_export_is_measured_through_the_backend_that_is_asked_for(run: Run, text: Path):
+    directory = str(run.path / "export" / "flatq")
+    export(run, "flatq", None, SilentProgress())
+    plain, named = (
+        evaluate(EvalRequest(directory, ppl=(str(text),), seqlen=16, limit=2, backend=backend), SilentProgress())
+        for backend in (None, "reference")
+    )
+    assert plain.perplexity == named.perplexity
+    with pytest.raises(UsageError, match=r"--backend cpu: is for exports, and .* is fake-quant"):
+        evaluate(EvalRequest(str(run.path), ppl=(str(text),), backend="cpu"), SilentProgress())
+    with pytest.raises(UsageError, match="--backend cuda: "):
+        evaluate(EvalRequest(directory, ppl=(str(text),), seqlen=16, backend="cuda"), SilentProgress())
+
+
 def test_quantization_changes_the_perplexity_and_the_baseline_stands_beside_it(run: Run, model_dir: Path, text: Path):
     asked = EvalRequest(str(run.path), ppl=(str(text),), seqlen=32, limit=4, baseline=str(model_dir))
     result = evaluate(asked, SilentProgress())

@@ -131,11 +131,12 @@ def gather(runs: Path, tasks: bool) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def page(found: Mapping[str, Sequence[Mapping[str, Any]]], versions: Mapping[str, str]) -> str:
-    """docs/benchmarks/accuracy.md."""
+def page(found: Mapping[str, Sequence[Mapping[str, Any]]], versions: Mapping[str, str], note: str = "") -> str:
+    """docs/benchmarks/accuracy.md; `note` says what else there is to know of this run."""
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     asked = any(f"{task}.{metric}" in row for rows in found.values() for row in rows for task, metric in TASKS.items())
     parts = [INTRODUCTION.format(tasks=OF_TASKS if asked else "", versions=listed)]
+    parts += ["", note] if note else []
     for bits, rows in found.items():
         if len(rows) > 1:
             parts += ["", f"## {bits}", "", *table(rows)]
@@ -192,6 +193,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--no-tasks", action="store_true", help="perplexity alone")
+    parser.add_argument("--note", default="", help="a sentence for the page")
     options = parser.parse_args(None if arguments is None else list(arguments))
     tasks = not options.no_tasks
     evaluate(MODEL, options.runs / "float", options.data, tasks)
@@ -200,7 +202,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             print(f"{bits}: {name}", file=sys.stderr)
             run_method(name, bits, options.runs, options.data, tasks)
     versions = json.loads((options.runs / "float" / "perplexity.json").read_text())["versions"]
-    options.out.write_text(page(gather(options.runs, tasks), versions), encoding="utf-8")
+    options.out.write_text(page(gather(options.runs, tasks), versions, options.note), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ compare.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.targets import Kind, open_target
@@ -213,12 +215,44 @@ def _warn_of_length(inputs: Tensor, request: GenerateRequest, model: PreTrainedM
 def _run(model: PreTrainedModel, inputs: Tensor, stream: _Stream) -> bool:
     """Generate into `stream`; False where it was interrupted."""
     stream.begin()
-    try:
-        model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), streamer=stream)
-    except KeyboardInterrupt:
-        stream.end()  # what waited for the end of a word
-        return False
-    return True
+    with _Interrupt() as interrupt:
+        try:
+            model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                streamer=stream,
+                stopping_criteria=StoppingCriteriaList([interrupt]),
+            )
+        except KeyboardInterrupt:
+            stream.end()  # what waited for the end of a word
+            return False
+    return not interrupt.came
+
+
+class _Interrupt(StoppingCriteria):  # type: ignore[misc]  # transformers' criteria have no types
+    """Ctrl-C as a reason to stop: an exception that comes where Python ignores it, in a destructor or in a callback of
+    a library, would be lost, and the text would go on. Only the main thread is told of signals.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.came, device=input_ids.device)
 
 
 class _Stream(TextStreamer):  # type: ignore[misc]  # transformers' streamers have no types

@@ -239,13 +239,13 @@ def test_eval_passes_everything_that_was_asked(stages):
     result = flatq(
         "eval", "runs/a", "--tasks", "piqa, arc_easy", "--tasks", "lastword", "--ppl", "a.txt", "--ppl", "wikitext2",
         "--seqlen", "512", "--limit", "8", "--baseline", "b/c", "--batch", "2", "--num-fewshot", "5", "--device", "cpu",
-        "--data-dir", "mirror",
+        "--data-dir", "mirror", "--backend", "cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert stages.calls[0][1][0] == {
         "target": "runs/a", "tasks": ("piqa", "arc_easy", "lastword"), "ppl": ("a.txt", "wikitext2"), "seqlen": 512,
         "limit": 8, "baseline": "b/c", "batch": 2, "device": "cpu", "num_fewshot": 5, "trust_remote_code": False,
-        "data_dir": Path("mirror"),
+        "data_dir": Path("mirror"), "backend": "cpu",
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -130,6 +131,28 @@ def test_the_json_has_the_keys_of_its_schema(packed):
     assert (result["schema"], result["target"], result["kind"]) == ("flatq.generate/1", packed, "packed")
     assert min(result["prefill_seconds"], result["decode_seconds"], result["peak_memory_bytes"]) > 0
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_ignores_ends_the_text_all_the_same(model):
+    """An exception in a destructor is printed and forgotten."""
+
+    class Forgets:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 2:
+            Forgets()
+
+    before = signal.getsignal(signal.SIGINT)
+    result = generate(GenerateRequest(model, PROMPT, max_new_tokens=12), write, SilentProgress())
+    assert result.interrupted
+    assert 2 <= result.new_tokens < generated(model)[0].new_tokens
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_keeps_what_there_is(model):

@@ -6,11 +6,8 @@ them torch and transformers) are imported inside the commands, so that `flatq --
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,17 +15,43 @@ import typer
 
 from flatq_cli import __version__
 from flatq_cli.cli.bench import bench_app
-from flatq_cli.cli.console import log, open_progress
+from flatq_cli.cli.console import open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
-from flatq_cli.cli.generate import Backend, generate
+from flatq_cli.cli.generate import generate
+from flatq_cli.cli.options import (
+    AsJson,
+    Backend,
+    Baseline,
+    Batch,
+    DataDir,
+    Debug,
+    DeviceOption,
+    Fewshot,
+    Format,
+    JsonFile,
+    Limit,
+    Model,
+    Overrides,
+    Ppl,
+    Quiet,
+    RecipeName,
+    RemoteCode,
+    RunArgument,
+    RunDir,
+    Seqlen,
+    Target,
+    Tasks,
+    check_writable,
+    last_run,
+    write_json,
+)
 from flatq_cli.cli.process import keep_freed_memory
 from flatq_cli.cli.report import report
 from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
 from flatq_cli.config.presets import find_preset, load_preset, preset_names
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.config.recipe_files import describe_recipe, load_recipe, recipe_names, recipe_stem
-from flatq_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from flatq_cli.store.progress import Progress
@@ -42,38 +65,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")
-]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A bundled recipe (`flatq recipes`) or a YAML file.")]
-RunDir = Annotated[Path | None, typer.Option("--run", help="The run's directory. (default: ./runs/MODEL-RECIPE)")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Change a recipe key. Repeatable.")]
-RunArgument = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run. (default: the last one used here)")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository brings.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Format = Annotated[str, typer.Option("--format", "-f", help="Format of the exported directory.")]
-Tasks = Annotated[list[str], typer.Option("--tasks", help="lm-eval tasks, separated by commas; lastword:FILE is one.")]
-Ppl = Annotated[list[str], typer.Option("--ppl", metavar="NAME|FILE", help="A text for perplexity. Repeatable.")]
-Seqlen = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens in a window of perplexity.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many windows, and questions of a task.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a forward pass.")]
-Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question of a task.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        metavar="DIR",
-        help="A folder with the tasks' questions as JSON lines: no network (docs/evaluation.md).",
-    ),
-]
-Baseline = Annotated[str | None, typer.Option("--baseline", metavar="TARGET", help="A model to compare with.")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write flatq.eval/1 JSON; - is stdout.")]
 
 
 @app.callback()
@@ -160,12 +151,7 @@ def export(
 
 @app.command(name="eval")
 def evaluate(
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TARGET]", help="A run, an exported or model directory, a hub id, a GGUF. (default: the last run)"
-        ),
-    ] = None,
+    target: Target = None,
     tasks: Tasks = [],  # noqa: B006
     ppl: Ppl = [],  # noqa: B006
     seqlen: Seqlen = 2048,
@@ -185,11 +171,11 @@ def evaluate(
 ) -> None:
     """Measure perplexity on texts, and lm-eval tasks."""
     with command_errors(debug), open_progress(quiet) as progress:
-        _check_writable(json_file)
+        check_writable(json_file)
         from flatq_cli.stages import evaluate as stage
 
         request = stage.EvalRequest(
-            target=target or str(_last_run()),
+            target=target or str(last_run()),
             tasks=_split(tasks),
             ppl=tuple(ppl),
             seqlen=seqlen,
@@ -233,7 +219,7 @@ def run(
     """
     with command_errors(debug), open_progress(quiet) as progress:
         resolved = _resolve_recipe(model, recipe, overrides)
-        _check_writable(json_file)
+        check_writable(json_file)
         from flatq_cli.stages import calibrate as calibrate_stage
         from flatq_cli.stages import evaluate as evaluate_stage
         from flatq_cli.stages import export as export_stage
@@ -283,7 +269,7 @@ def inspect(
     with command_errors(debug):
         from flatq_cli.stages import inspect as stage
 
-        found = stage.inspect(path or str(_last_run()))
+        found = stage.inspect(path or str(last_run()))
         if as_json:
             show_json(found)
             return
@@ -398,19 +384,10 @@ def _open_run(path: Path | None) -> Run:
     from flatq_cli.store.last import remember_run
     from flatq_cli.store.run import Run
 
-    path = path or _last_run()
+    path = path or last_run()
     opened = Run.open(path)
     remember_run(path)
     return opened
-
-
-def _last_run() -> Path:
-    """The run that this folder used last; said on stderr, because the user did not name it."""
-    from flatq_cli.store.last import last_run
-
-    path = last_run()
-    log(f"run: {path}")
-    return path
 
 
 def _split(names: Sequence[str]) -> tuple[str, ...]:
@@ -418,24 +395,11 @@ def _split(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name.strip() for group in names for name in group.split(",") if name.strip())
 
 
-def _check_writable(json_file: str | None) -> None:
-    """Make the folder of the results; refuse a place that cannot be written before hours are spent on them."""
-    if json_file is None or json_file == "-":
-        return
-    path = Path(json_file)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--json {json_file}: cannot write a file there")
-
-
 def _write_eval(data: Mapping[str, Any], json_file: str | None) -> None:
-    if json_file == "-":
-        show_json(data)
-        return
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    show_evaluation(data)
+        write_json(data, json_file)
+    if json_file != "-":
+        show_evaluation(data)
 
 
 def _is_table(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,8 @@ import typer
 from flatq_cli.cli.console import log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors
-from flatq_cli.cli.generate import Dtype
-from flatq_cli.cli.tables import show_json, show_mapping, show_rows
+from flatq_cli.cli.options import Debug, DeviceOption, Dtype, check_writable, write_json
+from flatq_cli.cli.tables import show_mapping, show_rows
 from flatq_cli.errors import UsageError
 
 bench_app = typer.Typer(help="Measure the kernels, and how fast exports run.", no_args_is_help=True)
@@ -42,7 +41,7 @@ def kernels(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Check the CUDA kernels on this GPU, time them, and write a report.
 
@@ -55,7 +54,10 @@ def kernels(
             data = _compile_only(arch, op) if compile_only else _run(out, seconds, op)
         except KernelError as error:
             raise UsageError(str(error)) from error
-        _write(data, json_file)
+        if json_file is not None:
+            write_json(data, json_file)
+        if json_file != "-":
+            _show(data)
         if data.get("failed"):
             raise typer.Exit(1)
 
@@ -72,16 +74,17 @@ def generate(
     prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens after it.")] = 64,
     turns: Annotated[int, typer.Option("--turns", min=1, help="How often each model is measured.")] = 3,
-    device: Annotated[Device, typer.Option("--device", help="Where to work.")] = Device.auto,
+    device: DeviceOption = Device.auto,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What to compute in.")] = Dtype.bfloat16,
     threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: as torch chooses.")] = 0,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Time an export through each backend, beside the model it was made from, in turns."""
     with command_errors(debug):
+        check_writable(json_file)
         import torch
 
         from flatq_cli.stages.bench_generate import BenchRequest, bench_generate
@@ -100,7 +103,7 @@ def generate(
         with open_progress(quiet=False) as progress:
             data = bench_generate(request, progress)
         if json_file is not None:
-            _write(data, json_file)
+            write_json(data, json_file)
         if json_file != "-":
             show_rows(data["rows"])
             show_mapping(data["cache"])
@@ -132,18 +135,7 @@ def _check_ops(ops: list[str], known: tuple[str, ...]) -> None:
             raise UsageError(f"--op {op}: not one of {', '.join(known)}")
 
 
-def _write(data: dict[str, Any], json_file: str | None) -> None:
-    if json_file == "-":
-        show_json(data)
-        return
-    if json_file is not None:
-        try:
-            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--json {json_file}: {error.strerror}") from error
-    if "rows" in data:
-        return
+def _show(data: dict[str, Any]) -> None:
     if "kernels" in data:
         show_rows([{key: row[key] for key in _SHOWN} for row in data["kernels"]])
         return

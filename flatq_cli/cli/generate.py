@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +10,18 @@ import typer
 from flatq_cli.cli.console import duration, log, open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors
-from flatq_cli.cli.tables import show_json, size
+from flatq_cli.cli.options import (
+    Backend,
+    Debug,
+    DeviceOption,
+    Dtype,
+    RemoteCode,
+    Target,
+    check_writable,
+    last_run,
+    write_json,
+)
+from flatq_cli.cli.tables import size
 from flatq_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,30 +31,8 @@ INTERRUPTED = 130
 """What a shell gives for a process that SIGINT ended."""
 
 
-class Backend(str, Enum):
-    """What `--backend` takes; auto is the fastest that works here."""
-
-    auto = "auto"
-    reference = "reference"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    """What `--dtype` takes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def generate(
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TARGET]", help="A run, an exported or model directory, a hub id, a GGUF. (default: the last run)"
-        ),
-    ] = None,
+    target: Target = None,
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="What to go on from; - or none: from a pipe.")
     ] = None,
@@ -57,9 +43,7 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", help="Only the likeliest tokens of so much probability.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    device: Annotated[
-        Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")
-    ] = Device.auto,
+    device: DeviceOption = Device.auto,
     backend: Annotated[
         Backend, typer.Option("--backend", help="What computes a packed model (`flatq doctor` lists what works here).")
     ] = Backend.auto,
@@ -69,11 +53,9 @@ def generate(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write flatq.generate/1 JSON; - is stdout.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository brings.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Go on from a prompt with text, as it comes, and say how fast it came.
 
@@ -81,7 +63,8 @@ def generate(
     """
     with command_errors(debug), open_progress(quiet) as progress:
         text = _prompt(prompt)
-        target = target or _last_run()
+        check_writable(json_file)
+        target = target or str(last_run())
         from flatq_cli.stages import generate as stage
 
         request = stage.GenerateRequest(
@@ -102,7 +85,8 @@ def generate(
             print(flush=True)  # the text does not end its last line
         if not quiet:
             log(figures(result))
-        _write(result, json_file)
+        if json_file is not None:
+            write_json(result.to_json(), json_file)
         if result.interrupted:
             raise typer.Exit(INTERRUPTED)
 
@@ -148,24 +132,3 @@ def _prompt(prompt: str | None) -> str:
     if not text:
         raise missing
     return text.removesuffix("\n")
-
-
-def _last_run() -> str:
-    """The run that this folder used last; said on stderr, because the user did not name it."""
-    from flatq_cli.store.last import last_run
-
-    path = last_run()
-    log(f"run: {path}")
-    return str(path)
-
-
-def _write(result: GenerateResult, json_file: str | None) -> None:
-    if json_file == "-":
-        show_json(result.to_json())
-    elif json_file is not None:
-        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n"
-        try:
-            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(json_file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--json {json_file}: {error.strerror}") from error

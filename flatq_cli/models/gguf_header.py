@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -31,8 +30,12 @@ def shared_headers() -> Iterator[None]:
     """Inside, whoever constructs a `gguf.GGUFReader` gets `read_header`'s."""
     import gguf
 
-    with mock.patch.object(gguf, "GGUFReader", lambda path, *args: read_header(Path(path))):
+    own = gguf.GGUFReader
+    gguf.GGUFReader = lambda path, *_: read_header(Path(path))
+    try:
         yield
+    finally:
+        gguf.GGUFReader = own
 
 
 @functools.lru_cache(maxsize=4)

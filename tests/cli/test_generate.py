@@ -88,9 +88,11 @@ def test_the_json_goes_to_a_file_or_alone_to_stdout(asked, tmp_path):
     written = json.loads((tmp_path / "some/where.json").read_text())
     assert (written["schema"], written["text"]) == ("flatq.generate/1", "one two")
     assert json.loads(flatq("x", "hello", "--json", "-", "--quiet").stdout) == written
+    count = len(asked)
     result = flatq("x", "hello", "--json", ".")
-    assert (result.exit_code, result.stdout) == (2, "one two\n")
-    assert "--json .: Is a directory" in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--json .: cannot write a file there" in result.stderr
+    assert len(asked) == count  # refused before anything is generated
 
 
 @pytest.mark.parametrize("arguments", [("x",), ("x", "-")])

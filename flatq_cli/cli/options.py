@@ -1,0 +1,112 @@
+"""What commands share: options under one name with one help text, the run that is meant when none is named, and JSON
+files of results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flatq_cli.cli.console import log
+from flatq_cli.cli.devices import Device
+from flatq_cli.cli.tables import show_json
+from flatq_cli.errors import UsageError
+
+
+class Backend(str, Enum):
+    """What `--backend` takes; auto is the fastest that works here."""
+
+    auto = "auto"
+    reference = "reference"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """What `--dtype` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A bundled recipe (`flatq recipes`) or a YAML file.")]
+RunDir = Annotated[Path | None, typer.Option("--run", help="The run's directory. (default: ./runs/MODEL-RECIPE)")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Change a recipe key. Repeatable.")]
+RunArgument = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run. (default: the last one used here)")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository brings.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Format = Annotated[str, typer.Option("--format", "-f", help="Format of the exported directory.")]
+Tasks = Annotated[list[str], typer.Option("--tasks", help="lm-eval tasks, separated by commas; lastword:FILE is one.")]
+Ppl = Annotated[list[str], typer.Option("--ppl", metavar="NAME|FILE", help="A text for perplexity. Repeatable.")]
+Seqlen = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens in a window of perplexity.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many windows, and questions of a task.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a forward pass.")]
+Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question of a task.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        help="A folder with the tasks' questions as JSON lines: no network (docs/evaluation.md).",
+    ),
+]
+Baseline = Annotated[str | None, typer.Option("--baseline", metavar="TARGET", help="A model to compare with.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write flatq.eval/1 JSON; - is stdout.")]
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TARGET]", help="A run, an exported or model directory, a hub id, a GGUF. (default: the last run)"
+    ),
+]
+
+
+def last_run() -> Path:
+    """The run that this folder used last; said on stderr, because the user did not name it."""
+    from flatq_cli.store.last import last_run
+
+    path = last_run()
+    log(f"run: {path}")
+    return path
+
+
+def check_writable(json_file: str | None) -> None:
+    """Make the folder of the results; refuse a place that cannot be written before hours are spent on them."""
+    if json_file is None or json_file == "-":
+        return
+    path = Path(json_file)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--json {json_file}: cannot write a file there")
+
+
+def write_json(data: Mapping[str, Any], json_file: str) -> None:
+    """Write a result to a file; `-` is stdout.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if json_file == "-":
+        show_json(data)
+        return
+    try:
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {json_file}: {error.strerror}") from error

@@ -124,6 +124,12 @@ class _Before:
         return (self.site(args[0]), *args[1:])
 
 
+def site_before(module: nn.Module) -> nn.Module | None:
+    """The site that what `module` reads passes through; None: there is none."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook.site for hook in hooks if isinstance(hook, _Before)), None)
+
+
 def flatq_attention(
     module: nn.Module,
     query: Tensor,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from flatq_cli.errors import UsageError
-from flatq_cli.runtime.backends.base import Backend, BackendModule, QuantizedActivation
+from flatq_cli.runtime.backends.base import Backend, BackendModule
 from flatq_cli.runtime.backends.cpu import Cpu
 from flatq_cli.runtime.backends.cuda import Cuda
+from flatq_cli.runtime.backends.lazy import QuantizedActivation
 from flatq_cli.runtime.backends.reference import REFERENCE
 
 if TYPE_CHECKING:

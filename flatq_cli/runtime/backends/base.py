@@ -6,25 +6,22 @@
     why_not(...)         why it does not work here, or None
 
 `reference` defines every result; another backend gives the same up to float rounding. A backend that multiplies
-integers returns a `QuantizedActivation` from `site`: the stock block passes it on to the linears as if it were the
-float activation, so it is computed once and shared. Backends hold no state: what one prepares for a module (codes laid
-out for its kernels) is kept by the module (`BackendModule.prepared`).
+integers returns a `QuantizedActivation` from `site` (`lazy.py`): the stock block passes it on to the linears as if it
+were the float activation, so it is computed once and shared. Backends hold no state: what one prepares for a module
+(codes laid out for its kernels) is kept by the module (`BackendModule.prepared`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from flatq_cli.quantization.packing import unpack
-from flatq_cli.quantization.quantizers import dequantize
 from flatq_cli.runtime.own_dtype import OwnDtype
 
 if TYPE_CHECKING:
@@ -85,66 +82,6 @@ class Backend(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing to copy: a copied model runs with the same backend
-
-
-class QuantizedActivation(Tensor):
-    """An activation as integer codes that looks like the float tensor it stands for: (code - zero) · scale.
-
-    It has the float's shape, dtype and device; an operation that knows nothing of codes computes with the float
-    values. No gradient passes through it.
-
-    Args:
-        codes: int8 or float32, as many as the float has, or bytes as `kernels.kron_quant` packs them: uint8 rows.
-        scale: float32, one a row. zero: int32, one a row; None: 0. Leading axes may be folded into one.
-        shape, dtype: of the float. bits: of packed codes. values: the float tensor, if it is there already.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bits: int
-    _floats: Tensor | None
-
-    @staticmethod
-    def __new__(
-        cls: type[QuantizedActivation],
-        codes: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        bits: int,
-        values: Tensor | None = None,
-    ) -> QuantizedActivation:
-        make = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        made: QuantizedActivation = make(cls, shape, dtype=dtype, device=codes.device)
-        made.codes, made.scale, made.zero, made.bits, made._floats = codes, scale, zero, bits, values
-        return made
-
-    def values(self) -> Tensor:
-        """The float tensor it stands for; computed once."""
-        if self._floats is None:
-            codes = self.codes.reshape(self.scale.numel(), -1)
-            if codes.dtype == torch.uint8:
-                codes = unpack(codes, self.bits, self.shape[-1], self.zero is None)
-            zero = None if self.zero is None else self.zero.reshape(-1, 1)
-            self._floats = dequantize(codes, self.scale.reshape(-1, 1), zero).to(self.dtype).reshape(self.shape)
-        return self._floats
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Any operation: on the float values."""
-        if func._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError(f"{func}: a quantized activation is shared by its readers; clone it before changing it")
-        args, kwargs = pytree.tree_map_only(cls, cls.values, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"QuantizedActivation({list(self.shape)}, {self.dtype}, {self.device})"
 
 
 class BackendModule(OwnDtype):

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flatq_cli.quantization.quantizers import FLOAT_BITS, Codes, code_range
-from flatq_cli.runtime.backends.base import Backend, QuantizedActivation
+from flatq_cli.runtime.backends.base import Backend
+from flatq_cli.runtime.backends.lazy import QuantizedActivation
 from flatq_cli.runtime.backends.reference import REFERENCE
 from flatq_cli.transforms.kronecker import kronecker_matmul
 

@@ -1,6 +1,7 @@
 """The backend `cuda`: flatq's own kernels (`flatq_cli.kernels`) on an NVIDIA GPU.
 
-    site        kron_quant: transform, clip, round and pack in one launch, with the norm before it (`attach`)
+    site        kron_quant: transform, clip, round and pack in one launch, with what stands before it (`attach`): the
+                norm, or SiLU(gate) · up
     linear      w4a4_gemm or w4a8_gemm: integers by packed integers, nothing is unpacked
     store       kv_quant_: keys and values transformed, rounded and written into the packed cache in one launch
     attend      kv_attention: a few queries read the packed cache directly
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from flatq_cli.kernels.gemm import w4a4_gemm, w4a8_gemm
 from flatq_cli.kernels.kron_quant import KronMatrices, kron_quant, prepare_kron
 from flatq_cli.kernels.kv_attention import MAX_QUERY, kv_attention, visible_keys
 from flatq_cli.kernels.kv_quant import HALF_NAMES, kv_quant_
-from flatq_cli.runtime.backends.base import Backend, QuantizedActivation
+from flatq_cli.runtime.backends.base import Backend
+from flatq_cli.runtime.backends.lazy import GatedActivation, LazyTensor, QuantizedActivation, Silu
 from flatq_cli.runtime.backends.reference import REFERENCE
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ ACTIVATION_BITS = (4, 8)
 WEIGHT_BITS = 4
 CACHE_BITS = (4, 8)
 GREATEST_HEAD = 256
+SILU = (nn.SiLU, SiLUActivation)
 
 
 class Cuda(Backend):
@@ -60,20 +64,22 @@ class Cuda(Backend):
         if isinstance(x, QuantizedActivation):
             return x  # of a fused norm
         if not _fits(site, x):
-            return REFERENCE.site(site, x)
-        matrices = site.prepared(_matrices[x.dtype])
-        result = kron_quant(x, matrices, _clip(site, x.device), bits=site.bits, symmetric=site.symmetric)
-        return QuantizedActivation(*result, x.shape, x.dtype, site.bits)
+            return REFERENCE.site(site, x.values() if isinstance(x, LazyTensor) else x)
+        if isinstance(x, GatedActivation):
+            return _quantized(site, x.up, gate=x.gate)
+        return _quantized(site, x.values() if isinstance(x, LazyTensor) else x)
 
     def attach(self, model: nn.Module) -> None:
-        """Let norms whose output passes a site give that site's codes themselves."""
+        """Let norms whose output passes a site give that site's codes themselves, and gates wait for their site."""
         for norm, site in _norms_with_sites(model):
             norm.__dict__["forward"] = _FusedNorm(norm, site)
+        for silu in _gates_of_sites(model):
+            silu.__dict__["forward"] = Silu
 
     def detach(self, model: nn.Module) -> None:
-        """Give the norms their own forward back."""
-        for norm, _ in _norms_with_sites(model):
-            norm.__dict__.pop("forward", None)
+        """Give norms and gates their own forward back."""
+        for module in (*(norm for norm, _ in _norms_with_sites(model)), *_gates_of_sites(model)):
+            module.__dict__.pop("forward", None)
 
     def linear(self, linear: PackedLinear, x: Tensor) -> Tensor:
         """Integers by packed integers."""
@@ -140,16 +146,14 @@ class _FusedNorm:
         if not _fits(site, x) or norm.weight.dtype != x.dtype:
             output: Tensor = type(norm).forward(norm, x)
             return output
-        result = kron_quant(
-            x,
-            site.prepared(_matrices[x.dtype]),
-            _clip(site, x.device),
-            bits=site.bits,
-            symmetric=site.symmetric,
-            norm_weight=norm.weight,
-            norm_eps=norm.variance_epsilon,
-        )
-        return QuantizedActivation(*result, x.shape, x.dtype, site.bits)
+        return _quantized(site, x, norm_weight=norm.weight, norm_eps=norm.variance_epsilon)
+
+
+def _quantized(site: OnlineSite, x: Tensor, **in_front: Any) -> QuantizedActivation:
+    """`x`, or what `kron_quant` makes of it `in_front`, through `site`."""
+    matrices, clip = site.prepared(_matrices[x.dtype]), _clip(site, x.device)
+    result = kron_quant(x, matrices, clip, bits=site.bits, symmetric=site.symmetric, **in_front)
+    return QuantizedActivation(*result, x.shape, x.dtype, site.bits)
 
 
 def _norms_with_sites(model: nn.Module) -> list[tuple[nn.Module, OnlineSite]]:
@@ -158,6 +162,20 @@ def _norms_with_sites(model: nn.Module) -> list[tuple[nn.Module, OnlineSite]]:
 
     found = [(module, site_behind(module)) for module in model.modules() if hasattr(module, "variance_epsilon")]
     return [(norm, site) for norm, site in found if isinstance(site, OnlineSite)]
+
+
+def _gates_of_sites(model: nn.Module) -> list[nn.Module]:
+    """The SiLU functions of MLPs whose last linear reads through a site: act(gate(x)) · up(x) waits for it, as whatever
+    else a block does with act(gate(x)) computes the floats.
+    """
+    from flatq_cli.runtime.sites import OnlineSite, site_before
+
+    found: list[nn.Module] = []
+    for mlp in model.modules():
+        parts = list(mlp.children())
+        if any(isinstance(site_before(part), OnlineSite) for part in parts):
+            found += [part for part in parts if isinstance(part, SILU)]
+    return found
 
 
 def _fits(site: OnlineSite, x: Tensor) -> bool:

@@ -5,6 +5,9 @@ has a closed form in what calibration holds anyway. With H the second moment of 
 row w of its weight, rounded to q, adds (w − q) H (w − q)ᵀ to the output's squared error; with G = Σ WᵀW of the
 (folded) weights that read it, a token x, rounded to y, adds (x − y) G (x − y)ᵀ. Each row, and each site, takes the
 factor that adds least.
+
+A product with H for every factor would be most of the search's time. After a transform H is nearly a diagonal and a few
+directions, so that is what errors are weighed by (`Weighing`): docs/decisions/0003-clip-start.md has what it costs.
 """
 
 from __future__ import annotations
@@ -28,38 +31,69 @@ from flatq_cli.transforms.kronecker import Transform
 # Factors of the maximum, for both sides at once: a coarse grid, then steps to both sides of the best so far. A row's
 # error is ragged in the factor, so what counts is how many are tried near its best: docs/decisions/0003-clip-start.md.
 # The largest factor leaves a sigmoid some gradient.
-COARSE = tuple(0.5 + 0.06 * step for step in range(9))
-STEPS = (0.02, 0.01)
+COARSE = (0.56, 0.66, 0.76, 0.86, 0.96)
+STEPS = (0.05, 0.02, 0.01)
 LARGEST = 0.98
-AT_ONCE = 1 << 21
+AT_ONCE = 1 << 20
 """So many numbers, rounded with all factors of the coarse grid, are worked on together: small enough for a cache."""
+RANK = 32
+"""Directions of a second moment that are kept beside its diagonal."""
 
 
-def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Tensor:
+class Weighing(NamedTuple):
+    """A second moment as diag(d) + U Uᵀ, [width] and [width, rank]."""
+
+    diagonal: Tensor
+    directions: Tensor
+
+    def error(self, residual: Tensor) -> Tensor:
+        """r (diag(d) + U Uᵀ) rᵀ of the rows of `residual`, [..., width] → float32 [...]; overwrites them."""
+        # bf16 where that is faster, which rounds less than neighbouring factors differ.
+        along = (residual.to(self.directions.dtype) @ self.directions).float().square_().sum(-1)
+        return along.add_(residual.square_() @ self.diagonal)
+
+
+def weighing(moment: Tensor, device: torch.device) -> Weighing:
+    """What errors are weighed by in place of `moment`, [width, width], positive semidefinite.
+
+    The directions are Nyström's, from a fixed random start and one step of subspace iteration: U Uᵀ ≤ moment, so that
+    what the diagonal is left with is not negative, and all of it where the width is no more than `RANK`.
+    Source: Halko, Martinsson, Tropp (arXiv 0909.4061), section 5.5.
+    """
+    moment = moment.to(device, torch.float32)
+    width = len(moment)
+    start = torch.randn(width, min(RANK, width), generator=torch.Generator().manual_seed(0)).to(device)
+    basis = torch.linalg.qr(moment @ start).Q
+    image = moment @ basis
+    values, vectors = torch.linalg.eigh(basis.T @ image)
+    least = torch.finfo(torch.float32).eps * values[-1].clamp(min=torch.finfo(torch.float32).tiny)
+    directions = image @ (vectors * values.clamp(min=least).rsqrt())
+    diagonal = (moment.diagonal() - directions.square().sum(1)).clamp_(min=0)
+    return Weighing(diagonal, directions.to(matmul_dtype(device)))
+
+
+def search_weight_clips(weight: Tensor, weigher: Weighing, spec: WeightSpec) -> Tensor:
     """The best factor of every row of a folded weight, or of every group.
 
     Args:
         weight: float32 [out, in].
-        moment: [in, in], second moment of the transformed input.
+        weigher: the second moment of the transformed input, in as many channels. Groups of a row are chosen apart from
+            each other, by its diagonal alone.
     Returns:
         float32 [out, groups, 2].
     """
     out, width = weight.shape
     groups = groups_of(width, spec.group)
-    moment = moment.to(weight.device, matmul_dtype(weight.device))
+    whole_diagonal = weigher.diagonal + weigher.directions.float().square().sum(1)
 
     def best_of(rows: Tensor) -> Tensor:
         grouped = rows.view(-1, groups, width // groups)
 
         def error(factors: Tensor) -> Tensor:
             residual = fake_quantize_with(grouped, factors, spec.bits, spec.symmetric).sub_(grouped)
-            # Groups of a row are chosen apart from each other, so what is between them is left out.
-            weighted = (
-                _product(residual.flatten(-2), moment).view_as(residual)
-                if groups == 1
-                else residual * moment.diagonal().view(groups, -1)
-            )
-            return _sum_of_products(weighted, residual)
+            if groups == 1:
+                return weigher.error(residual)
+            return residual.square_().mul_(whole_diagonal.view(groups, -1)).sum(-1)
 
         return _least(error, weight.new_empty(len(rows), groups))
 
@@ -67,21 +101,19 @@ def search_weight_clips(weight: Tensor, moment: Tensor, spec: WeightSpec) -> Ten
     return found[..., None].expand(out, groups, 2).contiguous()
 
 
-def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Tensor:
+def search_activation_clip(rows: Tensor, weigher: Weighing, layout: SiteLayout) -> Tensor:
     """The best factor for a site, as clip [2].
 
     Args:
         rows: float32 [rows, width], a sample of transformed activations.
-        gram: [width, width], what weighs an error of a row: Σ WᵀW of its readers in the transformed basis.
+        weigher: what weighs an error of a row: Σ WᵀW of its readers in the transformed basis.
     """
-    gram = gram.to(rows.device, matmul_dtype(rows.device))
 
     def error(factors: Tensor) -> Tensor:
         total = torch.zeros_like(factors)
         for piece in torch.split(rows, _rows_at_once(rows.shape[-1])):
             rounded = fake_quantize_with(piece, factors.expand(-1, len(piece)), layout.bits, layout.symmetric)
-            residual = rounded.sub_(piece)
-            total += _sum_of_products(_product(residual, gram), residual).sum(1, keepdim=True)
+            total += weigher.error(rounded.sub_(piece)).sum(1, keepdim=True)
         return total
 
     return _least(error, rows.new_empty(1)).expand(2).contiguous()
@@ -89,16 +121,6 @@ def search_activation_clip(rows: Tensor, gram: Tensor, layout: SiteLayout) -> Te
 
 def _rows_at_once(width: int) -> int:
     return max(1, AT_ONCE // (len(COARSE) * width))
-
-
-def _product(residual: Tensor, matrix: Tensor) -> Tensor:
-    """In the matrix's dtype: bf16 where that is faster, which rounds less than neighbouring factors differ."""
-    return residual.to(matrix.dtype) @ matrix
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b over the last axis, float32; `a` is cast first, since the CPU multiplies two dtypes by a slow path."""
-    return a.float().mul_(b).sum(-1)
 
 
 def _least(error: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
@@ -159,14 +181,15 @@ def searched_clips(
         if layout.clip:
             transform = input_transform(name, transforms, shapes)
             rows = recorded[name].sample
-            gram = _gram(name, transforms, weights, folded, recorded, family, shapes)
-            sites[name] = search_activation_clip(rows if transform is None else transform.apply(rows), gram, layout)
+            weigher = weighing(_gram(name, transforms, weights, folded, recorded, family, shapes), rows.device)
+            sites[name] = search_activation_clip(rows if transform is None else transform.apply(rows), weigher, layout)
     linears: dict[str, Tensor] = {}
     clipped = recipe.weights.bits < 16 and recipe.weights.clip == "learned"
     for site in family.sites if clipped else ():
         moment = _transformed(recorded[site.name].moment.float(), input_transform(site.name, transforms, shapes))
+        weigher = weighing(moment, moment.device)
         for reader in site.readers:
-            linears[reader] = search_weight_clips(folded[f"{reader}.weight"], moment, recipe.weights)
+            linears[reader] = search_weight_clips(folded[f"{reader}.weight"], weigher, recipe.weights)
     return ClipStart(sites, linears)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flatq_cli.calibration.learnable import WEIGHT_CLIP, transforms_from_plain
-from flatq_cli.calibration.moments import add_moment
+from flatq_cli.calibration.moments import SecondMoment
 from flatq_cli.calibration.precision import fast_matmuls, matmul_dtype, with_fast_linears
 from flatq_cli.config.recipe import WeightSpec
 from flatq_cli.models.families import Family, InputSite, Shapes
@@ -176,12 +176,12 @@ class _BySite:
         """The second moment, float32 [width, width], of what the readers of `site` read."""
         linear: Any = self.block.get_submodule(site.readers[0])
         dtype = matmul_dtype(self.device)
-        moment = torch.zeros(linear.in_features, linear.in_features, device=self.device)
+        moment = SecondMoment(linear.in_features, self.device)
         kept = self.hidden.new_empty(*self.hidden.shape[:2], linear.in_features, dtype=dtype)
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].to(dtype)
-            add_moment(moment, x.flatten(0, -2))
+            moment.add(x.flatten(0, -2))
             kept[self.inputs.rows] = x.to(kept.device)
             raise _ReachedError  # what comes after it in the block does not matter here
 
@@ -192,7 +192,7 @@ class _BySite:
                 run_running(self.block, self.hidden[rows].to(self.device), self.kwargs)
         hook.remove()
         self.inputs.kept[site.name] = kept
-        return moment.div_(self.hidden.shape[0] * self.hidden.shape[1])
+        return moment.total() / (self.hidden.shape[0] * self.hidden.shape[1])
 
     def settle(self, site: InputSite, weights: Mapping[str, Tensor]) -> None:
         """Give the readers of `site` the weights they keep; what they read is not computed again."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flatq_cli.calibration.moments import (
     MOST_ROWS,
     Recorder,
-    add_moment,
+    SecondMoment,
     output_moment_by_head,
     partial_trace,
     recorders,
@@ -135,13 +135,23 @@ def test_weight_moments_are_sums_over_rows():
     np.testing.assert_allclose(output_moment_by_head(first, 2), by_head, rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 95, 97, 500, 1000])
+def test_a_second_moment_is_the_sum_of_the_outer_products_of_its_rows(width: int):
+    rows = torch.randn(30, width, generator=torch.Generator().manual_seed(0))
+    moment = SecondMoment(width, rows.device)
+    for count, part in enumerate(rows.split(11), 1):
+        moment.add(part)
+        seen = rows[: 11 * count].double()
+        torch.testing.assert_close(moment.total().double(), seen.T @ seen, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_moment_of_bf16_inputs_is_summed_in_float32(autocast: bool):
-    rows = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    moment = torch.ones(96, 96)
+    rows = torch.randn(3000, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moment = SecondMoment(200, rows.device)
     precision = torch.backends.mkldnn.matmul.fp32_precision
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        add_moment(moment, rows)
-    exact = rows.double().T @ rows.double() + 1
-    assert float((moment - exact).abs().max()) < 1e-6 * float(exact.abs().max())
+        moment.add(rows)
+    exact = rows.double().T @ rows.double()
+    assert float((moment.total() - exact).abs().max()) < 1e-5 * float(exact.abs().max())
     assert torch.backends.mkldnn.matmul.fp32_precision == precision

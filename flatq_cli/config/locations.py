@@ -11,6 +11,13 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def configs_dir() -> Path:
-    """The folder with `models/`, `recipes/` and `tasks/`: the packaged copy where there is one, else the checkout's."""
+    """The folder with `gates/`, `models/`, `recipes/`, `tasks/`: the packaged copy if there is one, or the checkout's."""
     packaged = PACKAGE / "_configs"  # pyproject: force-include
     return packaged if packaged.is_dir() else PACKAGE.parent / "configs"
+
+
+def cache_dir() -> Path:
+    """flatq's folder in the user's cache: `$FLATQ_CACHE_DIR`, by default `~/.cache/flatq`."""
+    from flatq_cli.kernels.compiler import cache_dir as compiled_kernels
+
+    return compiled_kernels().parent

@@ -127,11 +127,13 @@ def _reason(model: type[BaseModel], error: ErrorDetails) -> str:
         section = _annotation(model, location)
         return f"this is a section with the keys {', '.join(section.model_fields)}; found {_show(value)}"
     if error["type"] == "literal_error":
-        choices = [str(choice) for choice in typing.get_args(_annotation(model, location))]
+        choices = _choices(_annotation(model, location))
         if choices:
             hint = nearest(value, choices) if isinstance(value, str) else ""
             return f"{_show(value)} is not {'one of ' if len(choices) > 1 else ''}{', '.join(choices)}{hint}"
     message = error["msg"].removeprefix("Input ")  # "Input should be greater than 0"
+    if isinstance(value, Mapping):  # a check of a whole section: its message says what was found
+        return message
     return f"{_show(value)} {message}" if message != error["msg"] else f"{_show(value)}: {message}"
 
 
@@ -147,10 +149,19 @@ def _nearest_key(model: type[BaseModel], location: KeyPath) -> str:
 def _annotation(model: Any, location: KeyPath) -> Any:
     """The type that the model gives to the key at `location`."""
     for part in location:
+        if isinstance(part, int):  # an item of a list: the list's annotation has given its model already
+            continue
         model = model.model_fields[part].annotation
         if not _is_model(model):  # `Section | None`
             model = next((option for option in typing.get_args(model) if _is_model(option)), model)
     return model
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, of `Literal[…] | None` too."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    return [choice for option in typing.get_args(annotation) for choice in _choices(option)]
 
 
 def _is_model(annotation: Any) -> bool:

@@ -115,7 +115,7 @@ def test_the_installed_package_is_not_the_checkout_and_finds_its_files(installed
     package = Path(module).parent
     assert package.is_relative_to(installed.parent.resolve())
     assert (Path(configs), Path(kernels)) == (package / "_configs", package / "_kernels_cuda")
-    assert folders == ["models", "recipes", "tasks"]
+    assert folders == ["gates", "models", "recipes", "tasks"]
     assert has_kernels == "True"
 
 

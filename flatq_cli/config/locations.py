@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def configs_dir() -> Path:
-    """The folder with `gates/`, `models/`, `recipes/`, `tasks/`: the packaged copy if there is one, or the checkout's."""
+    """The folder with `gates/`, `models/`, `recipes/`, `tasks/`: the packaged copy, or else the checkout's."""
     packaged = PACKAGE / "_configs"  # pyproject: force-include
     return packaged if packaged.is_dir() else PACKAGE.parent / "configs"
 

@@ -12,13 +12,14 @@ judged as the number it is. Nothing here measures, prints or exits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flatq_cli.config.gate_files import Gate
 from flatq_cli.evaluation.figures import Figure, relative
 from flatq_cli.evaluation.paired import Interval, Sample
+from flatq_cli.evaluation.tables import gates_title
 
 Word = Literal["pass", "regression", "undecided", "anomalous"]
 
@@ -100,13 +101,15 @@ def judge(gate: Gate, figure: Figure) -> Verdict:
     return replace(limited, word="anomalous", reason=f"{anomaly}; {limited.reason}", needed=None)
 
 
-def failures(judgements: Sequence[Judgement]) -> str:
-    """All gates that failed, in one line; empty where none did."""
-    failed = [item for item in judgements if not item.passed]
-    if not failed:
-        return ""
-    listed = "; ".join(f"{item.gate.name}: {item.verdict.word}: {item.verdict.reason}" for item in failed)
-    return f"{len(failed)} of {len(judgements)} gate{'s' if len(judgements) > 1 else ''} failed: {listed}"
+def failures(gates: Sequence[Mapping[str, Any]]) -> str:
+    """All gates that failed, in one line; empty where none did.
+
+    Args:
+        gates: those of a result, as `Judgement.to_json` gives them.
+    """
+    failed = [gate for gate in gates if not gate["passed"]]
+    listed = "; ".join(f"{gate['name']}: {gate['verdict']}: {gate['reason']}" for gate in failed)
+    return f"{gates_title(gates)}: {listed}" if failed else ""
 
 
 def _by_limit(gate: Gate, value: float, sample: Sample | None, figure: Figure) -> Verdict:

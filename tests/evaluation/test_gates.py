@@ -185,9 +185,9 @@ def test_undecided_is_let_through_only_where_the_gate_says_so():
 
 def test_all_failures_are_told_in_one_line():
     judged = [
-        decide(replace(gate("max", 20.0), name="first"), perplexity(25.0)),
-        decide(replace(gate("max", 20.0), name="second"), perplexity(15.0)),
-        decide(replace(gate("max", 0.02), name="third"), drop(14, 10, 200)),
+        decide(replace(gate("max", 20.0), name="first"), perplexity(25.0)).to_json(),
+        decide(replace(gate("max", 20.0), name="second"), perplexity(15.0)).to_json(),
+        decide(replace(gate("max", 0.02), name="third"), drop(14, 10, 200)).to_json(),
     ]
     line = failures(judged)
     assert line.startswith("2 of 3 gates failed: first: regression: 25 is above the limit 20 by 5; third: undecided: ")

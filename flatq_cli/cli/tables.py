@@ -43,7 +43,11 @@ def show_mapping(data: Row, title: str = "") -> None:
 
 
 def show_evaluation(result: Row) -> None:
-    """Print the figures of an evaluation (schema `flatq.eval/1`), those of its baseline beside them."""
+    """Print an evaluation (schema `flatq.eval/1`): its figures, those of its baseline beside them, which differ beyond
+    noise, and what became of its gates.
+    """
+    from flatq_cli.evaluation.tables import comparison_rows, gate_limit
+
     baseline = result.get("baseline")
     texts, tasks = [], []
     for name, measured in result["perplexity"].items():
@@ -54,7 +58,18 @@ def show_evaluation(result: Row) -> None:
         for metric, value in metrics.items():
             beside = {} if baseline is None else {"baseline": baseline["tasks"].get(task, {}).get(metric)}
             tasks.append({"task": task, "metric": metric, "value": value, **beside})
-    for rows in (texts, tasks):
+    gates = [
+        {
+            "gate": gate["name"],
+            "limit": gate_limit(gate),
+            "figure": gate["value"],
+            "verdict": gate["verdict"],
+            "passed": gate["passed"],
+            "why": gate["reason"],
+        }
+        for gate in result["gates"]
+    ]
+    for rows in (texts, tasks, comparison_rows(result), gates):
         if rows:
             show_rows(rows)
 

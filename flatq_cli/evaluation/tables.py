@@ -9,7 +9,7 @@ _MARKS = {"worse": "**worse**", "better": "better", "within noise": "within nois
 _PASSED = {True: "passed", False: "**failed**"}
 
 
-def evaluation_markdown(result: dict[str, Any]) -> str:
+def evaluation_markdown(result: Mapping[str, Any]) -> str:
     """Render an evaluation of schema `flatq.eval/1`: its figures, how they differ from its baseline's, its gates."""
     parts = [f"# {result['target']}\n", _gates(result), _figures_table(result), _comparison_table(result)]
     return "\n".join(part for part in parts if part) + f"\n{result['seconds']:.0f} seconds\n"
@@ -57,7 +57,7 @@ def gate_limit(gate: Mapping[str, Any]) -> str:
     return f"{side} {gate['limit']:.6g}" + (" × baseline" if relative else "")
 
 
-def _figures_table(result: dict[str, Any]) -> str:
+def _figures_table(result: Mapping[str, Any]) -> str:
     """The figures; those of the baseline stand in a column of their own."""
     baseline = result.get("baseline")
     columns = [result] if baseline is None else [result, baseline]
@@ -67,7 +67,7 @@ def _figures_table(result: dict[str, Any]) -> str:
     return note + markdown_table(["", *names], rows)
 
 
-def _comparison_table(result: dict[str, Any]) -> str:
+def _comparison_table(result: Mapping[str, Any]) -> str:
     rows = comparison_rows(result)
     if not rows:
         return ""
@@ -79,7 +79,7 @@ def _comparison_table(result: dict[str, Any]) -> str:
     return markdown_table(["beside the baseline", "", confidence, ""], cells)
 
 
-def _gates(result: dict[str, Any]) -> str:
+def _gates(result: Mapping[str, Any]) -> str:
     gates = result["gates"]
     if not gates:
         return ""
@@ -93,7 +93,7 @@ def _gates(result: dict[str, Any]) -> str:
     return f"**{title}**\n\n{table}" + ("\n" + "".join(reasons) if reasons else "")
 
 
-def _figures(result: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each figure's label and where it is in the result."""
     for name, measured in result["perplexity"].items():
         tokens = f"{measured['tokens']:,} tokens in windows of {measured['seqlen']}"
@@ -104,7 +104,7 @@ def _figures(result: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
                 yield f"{task}: {metric}", ("tasks", task, metric)
 
 
-def _pick(result: dict[str, Any], path: tuple[str, ...]) -> Any:
+def _pick(result: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for key in path:
         result = result.get(key, {})
     return result if result != {} else None

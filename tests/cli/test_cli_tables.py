@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from flatq_cli.cli.tables import cell, show_json, show_mapping, show_rows, size
+from flatq_cli.cli.tables import cell, show_evaluation, show_json, show_mapping, show_rows, size
+from tests.evaluation.judged import judged_result
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,13 @@ def test_nested_values_have_dotted_names_and_long_lists_are_counted(capsys):
 def test_json_takes_what_json_does_not_know(capsys, tmp_path):
     show_json({"path": tmp_path, "name": "é"})
     assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path), "name": "é"}
+
+
+def test_an_evaluation_shows_differences_beyond_noise_and_each_gates_verdict_and_why(capsys):
+    show_evaluation(judged_result())
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "prose perplexity ratio 1.2 1.1 to 1.3 worse" in lines
+    assert "piqa acc drop 0.1 0.06 to 0.14 within noise" in lines
+    reason = "0.1 (0.06 to 0.14 at 0.95 confidence) is above the limit 0.02 by 0.08"
+    assert f"piqa.acc_drop max 0.02 0.1 regression no {reason}" in lines
+    assert "piqa.acc min 0.02 × baseline 0.1 undecided yes about 3,400 would do" in lines

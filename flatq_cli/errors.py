@@ -29,3 +29,19 @@ class GateError(FlatqError):
     """A quality gate failed."""
 
     exit_code = 3
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that memory did not suffice.
+
+    By name and text, so that torch need not be imported to ask. On the CPU torch raises a plain RuntimeError.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        names = {cls.__name__ for cls in type(seen).__mro__}
+        if names & {"MemoryError", "OutOfMemoryError"}:
+            return True
+        if isinstance(seen, RuntimeError) and "DefaultCPUAllocator" in str(seen):
+            return True
+        seen = seen.__cause__
+    return False

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from flatq_cli.errors import FlatqError, UsageError, WorkError
+from flatq_cli.errors import FlatqError, UsageError, WorkError, out_of_memory
 
 _INTERRUPTED = 130
 """What a shell gives for a process that SIGINT ended."""
@@ -81,7 +81,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if _disk_full(error):
         name = getattr(error, "filename", None)
         return f"the disk is full{f' ({name})' if name else ''}: free some space; {_GO_ON}", WorkError.exit_code
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return f"out of memory: {_LOWER} {_GO_ON}", WorkError.exit_code
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is corrupt or truncated: {message}", UsageError.exit_code
@@ -102,14 +102,6 @@ def _disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
     return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in _FULL)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """By name and text, so that torch need not be imported to ask. On the CPU torch raises a plain RuntimeError."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
 
 
 def _say(line: str) -> None:

@@ -32,3 +32,18 @@ def _float32_matmuls():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_answers_of_another_session(tmp_path_factory: pytest.TempPathFactory):
+    """`flatq eval` keeps answers in the user's cache: none of another session is taken, none is left. Compiled kernels
+    are kept where they were. In the environment, for the processes that tests start.
+    """
+    from flatq_cli.kernels.compiler import cache_dir
+
+    kernels, own = cache_dir(), tmp_path_factory.mktemp("cache")
+    kernels.mkdir(parents=True, exist_ok=True)
+    (own / "kernels").symlink_to(kernels.resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLATQ_CACHE_DIR", str(own))
+        yield

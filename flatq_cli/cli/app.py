@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flatq_cli import __version__
 from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
+from flatq_cli.cli.evaluate import evaluate, merge, write_evaluation
 from flatq_cli.cli.generate import generate
 from flatq_cli.cli.options import (
     AsJson,
-    Backend,
     Baseline,
     Batch,
     DataDir,
@@ -40,15 +41,15 @@ from flatq_cli.cli.options import (
     RunArgument,
     RunDir,
     Seqlen,
-    Target,
     Tasks,
     check_writable,
     last_run,
-    write_json,
+    read_batch,
+    split_names,
 )
 from flatq_cli.cli.process import keep_freed_memory
 from flatq_cli.cli.report import report
-from flatq_cli.cli.tables import show_evaluation, show_json, show_mapping, show_rows
+from flatq_cli.cli.tables import show_json, show_mapping, show_rows
 from flatq_cli.config.presets import find_preset, load_preset, preset_names
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.config.recipe_files import describe_recipe, load_recipe, recipe_names, recipe_stem
@@ -57,7 +58,17 @@ if TYPE_CHECKING:
     from flatq_cli.store.progress import Progress
     from flatq_cli.store.run import Run
 
+
+class _Commands(TyperGroup):
+    """`flatq eval merge` is a command of two words beside `flatq eval TARGET`; a target so called is `./merge`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words == "eval merge" else args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="FlatQuant: a language model in 4 bits (weights, activations, KV cache) that is still the same model.",
     no_args_is_help=True,
     add_completion=False,
@@ -149,46 +160,8 @@ def export(
     _show_result("export", result, as_json)
 
 
-@app.command(name="eval")
-def evaluate(
-    target: Target = None,
-    tasks: Tasks = [],  # noqa: B006
-    ppl: Ppl = [],  # noqa: B006
-    seqlen: Seqlen = 2048,
-    limit: Limit = None,
-    baseline: Baseline = None,
-    json_file: JsonFile = None,
-    batch: Batch = 1,
-    num_fewshot: Fewshot = None,
-    data_dir: DataDir = None,
-    device: DeviceOption = Device.auto,
-    backend: Annotated[
-        Backend | None, typer.Option("--backend", help="What an export computes through. (default: reference)")
-    ] = None,
-    trust_remote_code: RemoteCode = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure perplexity on texts, and lm-eval tasks."""
-    with command_errors(debug), open_progress(quiet) as progress:
-        check_writable(json_file)
-        from flatq_cli.stages import evaluate as stage
-
-        request = stage.EvalRequest(
-            target=target or str(last_run()),
-            tasks=_split(tasks),
-            ppl=tuple(ppl),
-            seqlen=seqlen,
-            limit=limit,
-            baseline=baseline,
-            batch=batch,
-            device=resolve_device(device),
-            num_fewshot=num_fewshot,
-            trust_remote_code=trust_remote_code,
-            data_dir=data_dir,
-            backend=None if backend is None else backend.value,
-        )
-        _write_eval(stage.evaluate(request, progress).to_json(), json_file)
+app.command(name="eval")(evaluate)
+app.command(name="eval merge")(merge)
 
 
 @app.command()
@@ -204,7 +177,7 @@ def run(
     limit: Limit = None,
     baseline: Baseline = None,
     json_file: JsonFile = None,
-    batch: Batch = 1,
+    batch: Batch = "1",
     num_fewshot: Fewshot = None,
     data_dir: DataDir = None,
     device: DeviceOption = Device.auto,
@@ -220,27 +193,29 @@ def run(
     with command_errors(debug), open_progress(quiet) as progress:
         resolved = _resolve_recipe(model, recipe, overrides)
         check_writable(json_file)
+        from flatq_cli.evaluation.prompting import Prompting
         from flatq_cli.stages import calibrate as calibrate_stage
+        from flatq_cli.stages import eval_request
         from flatq_cli.stages import evaluate as evaluate_stage
         from flatq_cli.stages import export as export_stage
         from flatq_cli.stages import fuse as fuse_stage
 
         where = resolve_device(device)
         path = run or _default_run_dir(model, recipe)
-        request = evaluate_stage.EvalRequest(
+        request = eval_request.EvalRequest(
             target=str(path),
-            tasks=_split(tasks),
-            ppl=tuple(ppl) if ppl or _split(tasks) else ("auto",),
+            tasks=split_names(tasks),
+            ppl=tuple(ppl) if ppl or split_names(tasks) else ("auto",),
             seqlen=seqlen,
             limit=limit,
             baseline=baseline,
-            batch=batch,
+            batch=read_batch(batch),
             device=where,
-            num_fewshot=num_fewshot,
+            prompting=Prompting(num_fewshot),
             trust_remote_code=trust_remote_code,
             data_dir=data_dir,
         )
-        evaluate_stage.check_request(request)
+        eval_request.check_request(request)
         opened = _open_or_create_run(model, recipe, resolved, path, trust_remote_code, progress)
         results = {
             "calibrate": calibrate_stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code),
@@ -251,7 +226,7 @@ def run(
             show_mapping(results)
         evaluated = evaluate_stage.evaluate(request, progress)
         export_stage.export(opened, format, None, progress)  # its model card gets the figures
-        _write_eval(evaluated.to_json(), json_file)
+        write_evaluation(evaluated.to_json(), json_file)
 
 
 app.command()(generate)
@@ -388,18 +363,6 @@ def _open_run(path: Path | None) -> Run:
     opened = Run.open(path)
     remember_run(path)
     return opened
-
-
-def _split(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that were separated by commas, given in one option or several."""
-    return tuple(name.strip() for group in names for name in group.split(",") if name.strip())
-
-
-def _write_eval(data: Mapping[str, Any], json_file: str | None) -> None:
-    if json_file is not None:
-        write_json(data, json_file)
-    if json_file != "-":
-        show_evaluation(data)
 
 
 def _is_table(value: Any) -> bool:

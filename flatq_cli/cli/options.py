@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +37,9 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+TASKS = "How tasks are asked"
+"""The heading of options that are about tasks alone."""
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")
 ]
@@ -56,15 +59,56 @@ Tasks = Annotated[list[str], typer.Option("--tasks", help="lm-eval tasks, separa
 Ppl = Annotated[list[str], typer.Option("--ppl", metavar="NAME|FILE", help="A text for perplexity. Repeatable.")]
 Seqlen = Annotated[int, typer.Option("--seqlen", min=2, help="Tokens in a window of perplexity.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many windows, and questions of a task.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a forward pass.")]
-Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question of a task.")]
+Batch = Annotated[
+    str, typer.Option("--batch", metavar="N|auto", help="Questions in a forward pass; auto: as many as fit.")
+]
+Fewshot = Annotated[
+    int | None,
+    typer.Option("--num-fewshot", min=0, rich_help_panel=TASKS, help="Examples before each question of a task."),
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
         metavar="DIR",
+        rich_help_panel=TASKS,
         help="A folder with the tasks' questions as JSON lines: no network (docs/evaluation.md).",
     ),
+]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--include-path", metavar="DIR", rich_help_panel=TASKS, help="A folder with lm-eval YAML files of your own."
+    ),
+]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option("--apply-chat-template", rich_help_panel=TASKS, help="Put questions into the model's chat template."),
+]
+SystemInstruction = Annotated[
+    str | None,
+    typer.Option("--system-instruction", metavar="TEXT", rich_help_panel=TASKS, help="Text before every question."),
+]
+OneTurn = Annotated[
+    bool,
+    typer.Option(
+        "--no-fewshot-as-multiturn",
+        rich_help_panel=TASKS,
+        help="Examples and question are one turn of the chat, not many.",
+    ),
+]
+LogSamples = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-samples", metavar="FILE", rich_help_panel=TASKS, help="Write every question and answer, as JSON lines."
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Take every N-th question and window; `flatq eval merge` joins them."),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Ask everything again: neither keep answers nor take kept ones.")
 ]
 Baseline = Annotated[str | None, typer.Option("--baseline", metavar="TARGET", help="A model to compare with.")]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write flatq.eval/1 JSON; - is stdout.")]
@@ -85,15 +129,33 @@ def last_run() -> Path:
     return path
 
 
-def check_writable(json_file: str | None) -> None:
+def split_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that were separated by commas, given in one option or several."""
+    return tuple(name.strip() for group in names for name in group.split(",") if name.strip())
+
+
+def read_batch(text: str) -> int | Literal["auto"]:
+    """What `--batch` says.
+
+    Raises:
+        UsageError: it is neither a number above 0 nor `auto`.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch {text}: give a number of questions, 1 or more, or auto")
+    return int(text)
+
+
+def check_writable(file: str | Path | None, option: str = "--json") -> None:
     """Make the folder of the results; refuse a place that cannot be written before hours are spent on them."""
-    if json_file is None or json_file == "-":
+    if file is None or file == "-":
         return
-    path = Path(json_file)
+    path = Path(file)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--json {json_file}: cannot write a file there")
+        raise UsageError(f"{option} {file}: cannot write a file there")
 
 
 def write_json(data: Mapping[str, Any], json_file: str) -> None:

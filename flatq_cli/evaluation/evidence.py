@@ -1,11 +1,12 @@
 """What figures are made of: the loss of every window of a text, the value of every question of a task.
 
-A figure alone can be printed. What it is made of can be compared pair by pair with that of another model, judged against
-its noise, and joined with the evidence of another part of the same evaluation. All of it is plain data.
+A figure alone can be printed. What it is made of can be compared pair by pair with that of another model, judged
+against its noise, and joined with the evidence of another part of the same evaluation. All of it is plain data.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,10 +50,9 @@ class TaskEvidence:
             what the harness aggregates: 0 or 1 for `acc`; for a `perplexity` the log-likelihood in nats.
         others: the same of metrics whose values are no numbers but pairs or texts (`word_perplexity`, `bleu`).
         choices: how many answers a question has; of multiple-choice tasks alone.
-        higher_is_better: by metric without its filter's name (`exact_match`); None where the harness does not know.
+        higher_is_better: by metric; None where the harness does not know.
         aggregations: by metric, the name of the function that makes the figure from `values` ("mean"); None for a
             function of the task's own.
-        stderr: by metric, the standard error that the harness gives; a metric without one is left out.
         version: of the task, as its author counts. num_fewshot: examples before each question.
         hashes: by question, what lm-eval hashes for `task_hashes`: its document, its prompt and its answer.
         filters: how many filters the harness passes answers through; each hashes the questions once more.
@@ -64,7 +64,6 @@ class TaskEvidence:
     higher_is_better: Mapping[str, bool | None] = field(default_factory=dict)
     others: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
     aggregations: Mapping[str, str | None] = field(default_factory=dict)
-    stderr: Mapping[str, float] = field(default_factory=dict)
     version: str | float | None = None
     num_fewshot: int = 0
     hashes: Mapping[int, str] = field(default_factory=dict)
@@ -72,6 +71,40 @@ class TaskEvidence:
     questions: int = 0
 
     @property
+    def hash(self) -> str:
+        """What lm-eval's own result files call the task's hash: it differs where documents, prompts or answers do."""
+        return hashlib.sha256("".join(list(self.hashes.values()) * self.filters).encode()).hexdigest()
+
+    @property
     def n(self) -> int:
         """Questions asked, as the harness counts them: of a metric that some lack, those of the others."""
         return max((len(values) for values in (*self.values.values(), *self.others.values())), default=0)
+
+
+@dataclass(frozen=True)
+class GroupEvidence:
+    """A group of tasks, whose figures the harness makes of those of its tasks.
+
+    Attributes:
+        tasks: the names of all tasks below it. metrics: what is made of them, as in the harness's `AggMetricConfig`.
+    """
+
+    tasks: tuple[str, ...]
+    metrics: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the figures of one model are made of.
+
+    Attributes:
+        windows: by text. pairs: by text, against the baseline; empty without one, and for the baseline itself.
+        tasks: by task. groups: by group of tasks.
+        settings: what decides the figures, by name: equal in all shards of one evaluation.
+    """
+
+    windows: Mapping[str, WindowEvidence] = field(default_factory=dict)
+    pairs: Mapping[str, PairEvidence] = field(default_factory=dict)
+    tasks: Mapping[str, TaskEvidence] = field(default_factory=dict)
+    groups: Mapping[str, GroupEvidence] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)

@@ -1,18 +1,15 @@
-"""lm-eval tasks, run by the harness itself (`lm_eval.simple_evaluate`) on a model that is already loaded.
+"""The tasks that lm-eval can ask, found and loaded.
 
 Three kinds of task: any that lm-eval knows by name (its questions come from the Hugging Face hub), four of them on the
 files of a folder (`evaluation/local_tasks.py`), and `lastword:TEXT`: last-word prediction on any text
 (`configs/tasks/lastword.yaml`, `evaluation/lastword.py`). The last two need no network. Other YAML tasks in
-`configs/tasks/` are found by name too. A task's questions are loaded before the model is asked anything, so that a
-wrong name or a missing network shows in seconds.
+`configs/tasks/`, and those in a folder of the user's own, are found by name too. A task's questions are loaded before
+the model is asked anything, so that a wrong name or a missing network shows in seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,27 +20,20 @@ import yaml
 
 from flatq_cli.config.locations import configs_dir
 from flatq_cli.config.validation import nearest
-from flatq_cli.errors import UsageError, WorkError
+from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.lastword import MIN_WORDS, passages
 from flatq_cli.evaluation.local_tasks import Questions, read_questions, task_file
+from flatq_cli.evaluation.silence import quiet
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from flatq_cli.data.texts import Text
-    from flatq_cli.store.progress import Progress
 
 LASTWORD = "lastword"
 _PREFIX = f"{LASTWORD}:"
-
-_BOOTSTRAP = 100
-"""Resamples for the standard error of a metric that has no closed form (perplexity): right to 7 %, in no time."""
-
-_SLICE = 64
-"""Batches between two steps of the progress bar; the harness sorts and batches questions inside a slice."""
 
 _PROBE_SECONDS = 3.0
 """How long to wait for the hub's first answer before going on with what is cached."""
@@ -54,6 +44,7 @@ class TaskSet:
     """Tasks with their questions, ready to be asked, any number of times: from `load_tasks` for `run_tasks`.
 
     Attributes:
+        tasks: tasks and groups of tasks. manager: what found them, for the harness.
         data: the questions that were read from a folder, by the names of their tasks.
     """
 
@@ -61,26 +52,50 @@ class TaskSet:
     manager: TaskManager
     data: Mapping[str, Questions] = field(default_factory=dict)
 
+    def single(self) -> dict[str, Task]:
+        """Every task by its name, those inside groups too."""
+        found: dict[str, Task] = {}
+        for item in self.tasks:
+            inside = item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+            found.update({task.task_name: task for task in inside})
+        return found
 
-def load_tasks(names: Sequence[str], read_text: Callable[[str], Text], data_dir: Path | None = None) -> TaskSet:
+    def groups(self) -> dict[str, Group]:
+        """Every group by its name, those inside others before them."""
+        found: dict[str, Group] = {}
+        for item in self.tasks:
+            if hasattr(item, "get_all_groups"):
+                found.update({group.name: group for group in reversed([item, *item.get_all_groups()])})
+        return found
+
+
+def load_tasks(
+    names: Sequence[str],
+    read_text: Callable[[str], Text],
+    data_dir: Path | None = None,
+    include_path: Path | None = None,
+) -> TaskSet:
     """Find tasks and load their questions.
 
     Args:
         names: names of lm-eval tasks, groups or tags, and `lastword:TEXT`.
         read_text: reads the TEXT of a last-word task (`data.texts.load_text`).
         data_dir: the folder with the questions of all tasks but last-word ones; None: the hub has them.
+        include_path: a folder with YAML files of tasks, found before those of the same name elsewhere.
     Raises:
         UsageError: a task that does not exist (with the nearest name), runs code that a model wrote, needs a package
-            that is not installed, or whose questions cannot be had; a text that holds no passage for `lastword`.
+            that is not installed, or whose questions cannot be had; a text that holds no passage for `lastword`; a
+            folder that there is not.
     """
     from lm_eval.tasks import TaskManager
 
     names = list(dict.fromkeys(names))
+    folders = [str(configs_dir() / "tasks"), *([] if include_path is None else [_task_folder(include_path)])]
     data = {} if data_dir is None else local_questions(names, data_dir)
     local = all(name in data or _is_lastword(name) for name in names)
-    with _quiet():
+    with quiet():
         # Reading the harness's 14,000 tasks takes seconds, and local tasks need none of them.
-        manager = TaskManager(include_path=str(configs_dir() / "tasks"), include_defaults=not local)
+        manager = TaskManager(include_path=folders, include_defaults=not local)
         for name in names:
             if name not in data and not name.startswith(_PREFIX):
                 _check_name(name, manager)
@@ -107,71 +122,10 @@ def local_questions(names: Sequence[str], data_dir: Path) -> dict[str, Questions
     return {questions.task: questions for questions in read_questions(asked, data_dir)}
 
 
-def run_tasks(
-    tasks: TaskSet,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress,
-    *,
-    batch: int = 1,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Ask a model the questions of tasks.
-
-    Args:
-        tasks: from `load_tasks`.
-        model: a loaded causal language model; it stays on its device and in its dtype.
-        batch: questions in a forward pass. limit: questions of each task.
-        num_fewshot: examples before a question, where the task does not fix their number itself.
-    Returns:
-        For each task and group, its metrics as the harness names them, without the filter's name where that is "none":
-        `acc`, `acc_stderr`; but `exact_match,strict-match`.
-    Raises:
-        WorkError: the harness failed while asking.
-    """
-    import torch
-    from lm_eval import simple_evaluate
-
-    from flatq_cli.evaluation.scoring import SharingLM
-
-    with _quiet():
-        # Log-softmax in float32: a bfloat16 near -4 is a multiple of 1/64, coarser than what quantization changes.
-        lm = SharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
-        for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-            setattr(lm, method, _tracked(getattr(lm, method), progress, _SLICE * batch))
-        try:
-            results = simple_evaluate(
-                model=lm,
-                tasks=list(tasks.tasks),
-                task_manager=tasks.manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAP,
-                log_samples=False,
-            )
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # any of thousands of tasks, each with code of its own
-            raise WorkError(f"lm-eval failed while asking: {_one_line(error)}") from error
-    assert results is not None  # None is what the other ranks of a distributed run get
-    return {name: _metrics(values) for name, values in results["results"].items()}
-
-
-def _tracked(ask: Callable[..., list[Any]], progress: Progress, size: int) -> Callable[..., list[Any]]:
-    """One of the harness's request methods, asked slice by slice so that `progress` sees it."""
-
-    def ask_in_slices(requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-        slices = [requests[start : start + size] for start in range(0, len(requests), size)]
-        return [answer for part in progress.track(slices, "lm-eval: questions") for answer in ask(part, disable_tqdm)]
-
-    return ask_in_slices
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a result; the harness mixes them with its names and with "N/A"."""
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float) and "," in key}
-    return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+def _task_folder(folder: Path) -> str:
+    if not folder.is_dir():
+        raise UsageError(f"--include-path {folder}: there is no such folder")
+    return str(folder)
 
 
 def _is_lastword(name: str) -> bool:
@@ -204,7 +158,7 @@ def _named_tasks(name: str, manager: TaskManager) -> list[Task | Group]:
         raise UsageError(f"--tasks: '{name}' needs the Python package '{error.name}'; pip install it") from error
     except Exception as error:  # data sets, their scripts and their hosts fail in every way there is
         raise UsageError(
-            f"--tasks: the questions of '{name}' could not be loaded: {_one_line(error)}; they come from "
+            f"--tasks: the questions of '{name}' could not be loaded: {one_line(error)}; they come from "
             f"huggingface.co unless a run before has cached them; {_PREFIX}FILE needs no network"
         ) from error
     unsafe = [task.task_name for task in loaded["tasks"].values() if getattr(task, "UNSAFE_CODE", False)]
@@ -231,7 +185,7 @@ def _local_task(questions: Questions, manager: TaskManager) -> Task:
     try:
         return _task_on(questions.task, task_file(questions.task), questions.rows, manager)
     except Exception as error:  # the harness tries its templates on the first question
-        raise UsageError(f"{questions.file}: lm-eval cannot ask its first question: {_one_line(error)}") from error
+        raise UsageError(f"{questions.file}: lm-eval cannot ask its first question: {one_line(error)}") from error
 
 
 def _task_on(name: str, file: Path, rows: Sequence[dict[str, Any]], manager: TaskManager) -> Task:
@@ -265,39 +219,7 @@ def _offline_unless_reachable() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness to errors: no bars of its own, no warnings about how it was called, nothing on stdout.
-
-    It has no switch for its bars, and prints to stdout, which carries results alone.
-    """
-    from tqdm.std import tqdm  # type: ignore[import-untyped]
-
-    start = tqdm.__init__
-
-    def start_disabled(self: Any, *args: Any, **kwargs: Any) -> None:
-        start(self, *args, **{**kwargs, "disable": True})
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with (
-            mock.patch.object(tqdm, "__init__", start_disabled),
-            # The bootstrap would fork the process, model and all, once for each core.
-            mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}),
-            contextlib.redirect_stdout(io.StringIO()),
-            # It asks git, pip and nvidia-smi about the machine, aloud; flatq records versions itself.
-            mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
-            mock.patch("lm_eval.evaluator.add_env_info", return_value=None),
-        ):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error of foreign code says, or is, in at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

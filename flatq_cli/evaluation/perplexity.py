@@ -3,18 +3,19 @@
 A text is cut into consecutive windows of `seqlen` tokens (`flatq_cli.data.windows`). A window's loss is the mean
 negative log-likelihood of its tokens given those before them *in the window*; the mean over windows, exponentiated, is
 the perplexity. Where the logits come from does not matter: a loaded model (`model_logits`), or a block source that is
-read one block at a time (`streamed_logits`).
+read one block at a time (`streamed_logits`). Of two models that read the same window, `window_divergence` says how far
+their predictions are apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -59,23 +60,35 @@ def window_loss(logits: Tensor, tokens: Tensor) -> float:
     return total / len(targets)
 
 
-def perplexity(windows: Tensor, logits: Iterable[Tensor]) -> Perplexity:
-    """Perplexity of the text in `windows` under the model that gave `logits`.
+@torch.no_grad()
+def window_divergence(target: Tensor, baseline: Tensor) -> tuple[float, float]:
+    """How far two models are from each other on one window, over the places that have a next token in it.
 
     Args:
-        windows: int64 `[n, s]`, n ≥ 1, s ≥ 2.
-        logits: n tensors `[s, vocab]` or `[1, s, vocab]`, in the order of the windows; consumed one at a time.
-    Raises:
-        ValueError: if `windows` is too small, or the logits are not one tensor for each window.
+        target, baseline: logits `[s, vocab]` of the same tokens, any float dtype, on any device.
+    Returns:
+        The mean over s - 1 places of KL(baseline ‖ target) of the next token, in nats; and the share of these places
+        where both find the same token the likeliest. Log-softmax in float32, a few rows at a time.
+    """
+    places = len(target) - 1
+    total, same = 0.0, 0
+    for start in range(0, places, _ROWS):
+        rows = slice(start, min(start + _ROWS, places))
+        found = target[rows].float().log_softmax(-1)
+        wanted = baseline[rows].to(found).log_softmax(-1)
+        total += functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).double().sum().item()
+        same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+    return total / places, same / places
+
+
+def perplexity(losses: Sequence[float], seqlen: int) -> Perplexity:
+    """Perplexity from the losses of windows of `seqlen` tokens, at least one.
+
     Source: the protocol of GPTQ (arXiv 2210.17323), OmniQuant, QuaRot and FlatQuant.
     """
-    count, seqlen = windows.shape
-    if count < 1 or seqlen < 2:
-        raise ValueError(f"perplexity needs at least one window of two tokens, not {tuple(windows.shape)}")
-    losses = [window_loss(scores.reshape(seqlen, -1), window) for window, scores in zip(windows, logits, strict=True)]
-    mean = sum(losses) / count
+    mean = sum(losses) / len(losses)
     value = math.exp(mean) if mean < 700 else mean * math.inf  # nan stays nan; exp(710) overflows
-    return Perplexity(value=value, tokens=count * seqlen, seqlen=seqlen)
+    return Perplexity(value=value, tokens=len(losses) * seqlen, seqlen=seqlen)
 
 
 @torch.no_grad()
@@ -87,9 +100,9 @@ def streamed_logits(
     Args:
         source: the blocks. windows: int64 `[n, s]`.
         device: where a block runs. dtype: of its weights and activations.
-    Yields:
-        n tensors `[s, vocab]` on `device`. In memory are one block (then the head), the hidden states `[n, s, hidden]`
-        on the CPU, and the logits of one window.
+    Returns:
+        n tensors `[s, vocab]` on `device`, each made when it is asked for. In memory are, until this returns, one block
+        and the hidden states `[n, s, hidden]` on the CPU; after that the head, these, and the logits of one window.
     """
     from flatq_cli.models.source import run_in_batches
 
@@ -99,13 +112,17 @@ def streamed_logits(
         block = source.block(index, dtype, device)
         run_in_batches(block, hidden, kwargs[index], 1, device, into=hidden)
         del block  # before the next one is read
-    head = source.head(dtype, device)
-    for row in progress.track(range(len(hidden)), "perplexity: head"):
+    return _head_logits(source.head(dtype, device), hidden, device)
+
+
+@torch.no_grad()
+def _head_logits(head: nn.Module, hidden: Tensor, device: str) -> Iterator[Tensor]:
+    for row in range(len(hidden)):
         yield head(hidden[row : row + 1].to(device))[0]
 
 
 @torch.no_grad()
-def model_logits(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
+def model_logits(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
     """Logits of a loaded model, window by window.
 
     Args:
@@ -113,5 +130,5 @@ def model_logits(model: PreTrainedModel, windows: Tensor, progress: Progress) ->
     Yields:
         n tensors `[s, vocab]`, on the model's device and in its dtype.
     """
-    for row in progress.track(range(len(windows)), "perplexity: windows"):
+    for row in range(len(windows)):
         yield model(input_ids=windows[row : row + 1].to(model.device), use_cache=False).logits[0]

@@ -11,11 +11,12 @@ might not take such a mask, and pairs longer than what the model attends to are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
@@ -82,13 +83,18 @@ class Tree:
         return sees
 
 
-def plant(pairs: Iterable[Pair]) -> list[Tree]:
-    """Trees of (context, continuation) pairs, neighbours together while they share enough; numbered by their order."""
+def plant(pairs: Sequence[Pair], questions: Sequence[Hashable] | None = None) -> list[Tree]:
+    """Trees of (context, continuation) pairs, neighbours together while they share enough; numbered by their order.
+
+    Args:
+        questions: which question each pair belongs to: then no tree holds pairs of two.
+    """
     trees: list[Tree] = []
     limit = 0
     for number, (_, context, continuation) in enumerate(pairs):
         read = (*context, *continuation[:-1])
-        shared = trees[-1].shared(read) if trees else 0
+        apart = questions is not None and number > 0 and questions[number] != questions[number - 1]
+        shared = trees[-1].shared(read) if trees and not apart else 0
         if shared * _SHARED < len(read) or len(trees[-1].tokens) + len(read) - shared > limit:
             trees.append(Tree())
             limit = max(_NODES, 2 * len(read))
@@ -97,7 +103,22 @@ def plant(pairs: Iterable[Pair]) -> list[Tree]:
 
 
 class SharingLM(HFLM):  # type: ignore[misc]
-    """`HFLM` that reads what pairs share once; `batch_size` counts trees."""
+    """`HFLM` that reads what pairs share once; `batch_size` counts trees.
+
+    With `batch_size` 1 a question is read by itself: its answers are then the same to the last bit, whatever is asked
+    before and after it. Larger batches may share between questions as well, and pad; that moves last digits.
+    """
+
+    _questions: list[Hashable] | None = None
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As `HFLM`; notes which requests belong to one question."""
+        self._questions = [(request.task_name, request.doc_id) for request in requests]
+        try:
+            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._questions = None
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, override_bs: int | None = None
@@ -107,8 +128,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
         if max(lengths, default=0) > self._reach() or not all(continuation for *_, continuation in requests):
             answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return answers
-        trees = sorted(plant(requests), key=lambda tree: -len(tree.tokens))
         size = override_bs or self.batch_size
+        trees = sorted(plant(requests, self._questions if size == 1 else None), key=lambda tree: -len(tree.tokens))
         found: dict[int, tuple[float, bool]] = {}
         for start in range(0, len(trees), size):
             found.update(self._score(trees[start : start + size]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +20,12 @@ from flatq_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from flatq_cli.models.locate import ModelLocation
     from flatq_cli.models.source import BlockSource
     from flatq_cli.store.progress import Progress
+    from flatq_cli.store.run import Run
 
 Kind = Literal["float", "fake-quant", "packed"]
 RUN_FILE = "run.yaml"
@@ -36,19 +37,25 @@ class Target:
 
     Attributes:
         spec: what the user typed. kind: as in schema `flatq.eval/1`. recipe: the name of its recipe; None for float.
+        location: its files; of a run those of the original model, whose config and tokenizer it has.
+        vocabulary: how many tokens its logits are about.
         tokenizer: its tokenizer. device, dtype: where and in what it computes.
+        load: loads the whole model, on the CPU or where it pleases.
+        source: its blocks, if it can be streamed. run: the run that it is.
         backend: what a model of flatq's computes through once it is loaded (`runtime/backends`); None: `reference`.
-        source: its blocks, if it can be streamed. load: loads the whole model, on the CPU or where it pleases.
     """
 
     spec: str
     kind: Kind
     recipe: str | None
+    location: ModelLocation
+    vocabulary: int
     tokenizer: PreTrainedTokenizerBase
     device: str
     dtype: torch.dtype
     load: Callable[[], PreTrainedModel]
     source: BlockSource | None = None
+    run: Run | None = None
     backend: str | None = None
     _model: PreTrainedModel | None = field(default=None, repr=False)
 
@@ -62,13 +69,20 @@ class Target:
                 set_backend(self._model, self.backend)
         return self._model
 
+    def unload(self) -> None:
+        """Let go of the model, if it was loaded."""
+        self._model = None
+
     def logits(self, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
-        """Logits `[s, vocab]` of each of the windows, int64 `[n, s]`, in their order."""
+        """Logits `[s, vocab]` of each of the windows, int64 `[n, s]`, in their order.
+
+        A model that is not loaded is read block by block before this returns; the logits are then made one by one.
+        """
         from flatq_cli.evaluation.perplexity import model_logits, streamed_logits
 
         if self._model is None and self.source is not None:
             return streamed_logits(self.source, windows, progress, self.device, self.dtype)
-        return model_logits(self.model(), windows, progress)
+        return model_logits(self.model(), windows)
 
 
 def open_target(spec: str, device: str, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Target:
@@ -107,14 +121,23 @@ def open_target(spec: str, device: str, trust_remote_code: bool = False, dtype: 
     def load_whole() -> PreTrainedModel:
         return _load_whole(location, dtype, trust_remote_code)
 
-    if quantization:
-        return Target(spec, "packed", _recipe_name(quantization), tokenizer, device, dtype, load_whole)
-    if config.model_type not in supported_model_types():
-        return Target(spec, "float", None, tokenizer, device, dtype, load_whole)
+    target = Target(
+        spec=spec,
+        kind="packed" if quantization else "float",
+        recipe=_recipe_name(quantization),
+        location=location,
+        vocabulary=_vocabulary(config),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        load=load_whole,
+    )
+    if quantization or config.model_type not in supported_model_types():
+        return target
     from flatq_cli.models.source import open_source
 
     source = open_source(location, trust_remote_code=trust_remote_code)
-    return Target(spec, "float", None, tokenizer, device, dtype, lambda: source.assemble(None, dtype, device), source)
+    return replace(target, source=source, load=lambda: source.assemble(None, dtype, device))
 
 
 def _run_target(spec: str, device: str, trust_remote_code: bool, dtype: torch.dtype | None) -> Target:
@@ -129,12 +152,19 @@ def _run_target(spec: str, device: str, trust_remote_code: bool, dtype: torch.dt
         spec=spec,
         kind="fake-quant",
         recipe=run.config.recipe_name,
+        location=source.location,
+        vocabulary=_vocabulary(source.config),
         tokenizer=load_tokenizer(source.location, trust_remote_code),
         device=device,
         dtype=dtype,
         load=lambda: source.assemble(lambda index: source.block(index, dtype, device), dtype, device),
         source=source,
+        run=run,
     )
+
+
+def _vocabulary(config: PreTrainedConfig) -> int:
+    return int(config.get_text_config().vocab_size)
 
 
 def _compute_dtype(device: str, stored: Any) -> torch.dtype:

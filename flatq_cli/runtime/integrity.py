@@ -123,6 +123,16 @@ def home_of(tensor: str, directory: Path) -> Path:
     return directory if index is None else directory / index.weight_map.get(tensor, "")
 
 
+def stored_tensor_digests(directory: Path) -> dict[str, str] | None:
+    """Digest by tensor, as the index of an export has them; None where there are none, or they are not compared.
+
+    Raises:
+        UsageError: a damaged index.
+    """
+    index = _read_index(directory)
+    return None if index is None else index.tensors
+
+
 def file_digest(file: Path) -> str:
     """BLAKE2b-128 of a file's bytes, in hexadecimal; of config.json: of its values, as `_settings` writes them.
 

@@ -1,124 +1,60 @@
 """`flatq eval`: perplexity and lm-eval tasks of a target, and of the baseline it is compared with.
 
 Everything that can be wrong (the target, the texts, the tasks and their questions) is opened before anything is
-measured. The result of a run is kept in RUN/eval/<name>.json, where the name says what was asked, with a .md beside it.
+measured. With a baseline, both models read a text together: how far they are apart is known window by window, with the
+logits of one window of each in memory. Tasks are asked of one model after the other.
+
+What a model has answered is kept (`evaluation/answers.py`), in RUN/eval/answers.sqlite of a run: an evaluation that was
+killed goes on where it was. The result of a run is kept in RUN/eval/<name>.json, where the name says what was asked,
+with a .md beside it; that of a shard in RUN/eval/shards/<name>.json.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
+import json
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatq_cli.config.locations import cache_dir
 from flatq_cli.errors import UsageError
+from flatq_cli.evaluation.answers import NAME as ANSWERS
+from flatq_cli.evaluation.answers import Answers
+from flatq_cli.evaluation.evidence import Evidence, PairEvidence, WindowEvidence
+from flatq_cli.evaluation.result import EvalResult
+from flatq_cli.evaluation.shard import WHOLE, Shard
+from flatq_cli.stages.eval_request import EvalRequest, check_request, result_name
 from flatq_cli.store import atomic
-from flatq_cli.store.memory import Peak, take_peak
+from flatq_cli.store.memory import take_peak
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.versions import package_versions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flatq_cli.data.texts import Text
     from flatq_cli.evaluation.harness import TaskSet
-    from flatq_cli.evaluation.perplexity import Perplexity
-    from flatq_cli.evaluation.targets import Kind, Target
+    from flatq_cli.evaluation.targets import Target
+    from flatq_cli.evaluation.tasks import Sample, TaskResults
 
-SCHEMA = "flatq.eval/1"
 FOLDER = "eval"
+SHARDS = "shards"
 
 
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to evaluate.
+@dataclass
+class _Side:
+    """One of the models of an evaluation, and what is known of it so far."""
 
-    Attributes:
-        target: a run, an exported directory, a model directory, a hub id, a preset or a GGUF file.
-        tasks: lm-eval tasks, and `lastword:TEXT`. ppl: texts for perplexity, by name or file.
-        data_dir: the folder with the questions of the tasks; None: they come from the hub.
-        seqlen: tokens in a window of a text. limit: windows of each text and questions of each task; None for all.
-        baseline: a second target, measured in the same way. batch: questions in a forward pass.
-        device: "cpu" or "cuda". num_fewshot: examples before a question; None: as the task says.
-        backend: what an export computes through; None: `reference`, which defines its results.
-    """
-
-    target: str
-    tasks: tuple[str, ...] = ()
-    ppl: tuple[str, ...] = ()
-    seqlen: int = 2048
-    limit: int | None = None
-    baseline: str | None = None
-    batch: int = 1
-    device: str = "cpu"
-    num_fewshot: int | None = None
-    trust_remote_code: bool = False
-    data_dir: Path | None = None
-    backend: str | None = None
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What was measured; `to_json` gives schema `flatq.eval/1`.
-
-    Attributes:
-        data: where the questions of tasks from a folder were read: `file`, `sha256`, `questions`.
-        peak: the memory it took.
-    """
-
-    target: str
-    kind: Kind
-    recipe: str | None
-    perplexity: dict[str, Perplexity]
-    tasks: dict[str, dict[str, float]]
-    versions: dict[str, str]
-    seconds: float
-    gates: tuple[dict[str, Any], ...] = ()
-    baseline: EvalResult | None = None
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    peak: Peak = field(default_factory=Peak)
-
-    def to_json(self) -> dict[str, Any]:
-        """The result in schema `flatq.eval/1`, ready for `json.dumps`: a figure that is not finite is None."""
-        result = {
-            "schema": SCHEMA,
-            "target": self.target,
-            "kind": self.kind,
-            "recipe": self.recipe,
-            "perplexity": {
-                name: {**asdict(measured), "value": _finite(measured.value)}
-                for name, measured in self.perplexity.items()
-            },
-            "tasks": {
-                task: {metric: _finite(value) for metric, value in metrics.items()}
-                for task, metrics in self.tasks.items()
-            },
-            **({"data": self.data} if self.data else {}),
-            "gates": list(self.gates),
-            "versions": self.versions,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak.resident,
-            "peak_gpu_memory_bytes": self.peak.gpu,
-        }
-        return result if self.baseline is None else {**result, "baseline": self.baseline.to_json()}
-
-
-def check_request(request: EvalRequest) -> None:
-    """Find what is wrong with a request without opening a model: its numbers, and the questions in its `data_dir`.
-
-    Raises:
-        UsageError: nothing to measure was asked for, a number makes no sense, or `data_dir` lacks a task's questions.
-    """
-    from flatq_cli.evaluation.harness import local_questions
-
-    _check(request)
-    if request.data_dir is not None:
-        local_questions(request.tasks, request.data_dir)
+    target: Target
+    answers: Answers
+    windows: dict[str, WindowEvidence] = field(default_factory=dict)
+    pairs: dict[str, PairEvidence] = field(default_factory=dict)
 
 
 def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
@@ -129,76 +65,79 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
         WorkError: the harness failed, or the disk is full.
     """
     from flatq_cli.evaluation.harness import load_tasks
-    from flatq_cli.evaluation.targets import open_target
 
     check_request(request)
     take_peak()  # what was needed before is not the evaluation's
     started = time.monotonic()
+    sides = [_open_side(request, progress)]
+    contents: dict[str, str] = {}
+    read_text = partial(_read_text, contents=contents, warn=progress.log)
+    texts = _distinct([read_text(spec) for spec in dict.fromkeys(request.ppl)])
+    tasks = load_tasks(request.tasks, read_text, request.data_dir, request.include_path) if request.tasks else None
+    if request.baseline is not None:
+        sides.append(_open_side(replace(request, target=request.baseline, backend=None), progress))
+    if tasks is not None:
+        contents |= {f"questions of {task}": questions.sha256 for task, questions in tasks.data.items()}
+    name = result_name(request, [text.name for text in texts], contents)
+    samples: list[str] = []
+
+    totals = _measure_texts(sides, texts, request, progress)
+    settings = _settings(request, contents, totals)
+    read = time.monotonic()
+    results = []
+    for number, side in enumerate(sides):
+        if number == 1:
+            progress.log(f"baseline: {request.baseline}")
+        begun = time.monotonic()
+        asked = None if tasks is None else _ask_tasks(side, tasks, request, progress, samples)
+        seconds = time.monotonic() - begun + read - started
+        results.append(_result(side, asked, tasks, request, settings, seconds, name, progress))
+        side.target.unload()  # one model in memory at a time
+        side.answers.close()
+        gc.collect()
+    if request.log_samples is not None:
+        atomic.write_text(request.log_samples, "".join(samples))
+    result = replace(results[0], baseline=results[1] if len(results) > 1 else None)
+    if (Path(request.target) / "run.yaml").is_file():
+        keep_result(Path(request.target), result, progress)
+    return result
+
+
+def keep_result(run: Path, result: EvalResult, progress: Progress) -> None:
+    """Write a result into its run: RUN/eval/<name>.json and .md; that of a shard into RUN/eval/shards."""
+    from flatq_cli.evaluation.tables import evaluation_markdown
+
+    folder, name, data = run / FOLDER, result.name, result.to_json()
+    if result.shard != WHOLE:
+        folder, name = folder / SHARDS, f"{name}-{result.shard.part}-of-{result.shard.of}"
+    atomic.make_directory(folder)
+    atomic.write_json(folder / f"{name}.json", data)
+    atomic.write_text(folder / f"{name}.md", evaluation_markdown(data))
+    progress.log(f"written: {folder / name}.json")
+
+
+def _open_side(request: EvalRequest, progress: Progress) -> _Side:
+    """The target of a request and its kept answers."""
+    from flatq_cli.evaluation.identity import identity
+    from flatq_cli.evaluation.targets import open_target
+
     target = open_target(request.target, request.device, request.trust_remote_code)
     if request.backend is not None and target.kind != "packed":
         raise UsageError(f"--backend {request.backend}: is for exports, and {request.target} is {target.kind}")
     target.backend = request.backend
-    read_text = partial(_read_text, warn=progress.log)
-    texts = _distinct([read_text(spec) for spec in dict.fromkeys(request.ppl)])
-    tasks = load_tasks(request.tasks, read_text, request.data_dir) if request.tasks else None
-    baseline = open_target(request.baseline, request.device, request.trust_remote_code) if request.baseline else None
-
-    result = _measure(target, texts, tasks, request, progress, started)
-    if baseline is not None:
-        del target  # one model in memory at a time
-        gc.collect()
-        progress.log(f"baseline: {request.baseline}")
-        second = _measure(baseline, texts, tasks, request, progress, time.monotonic())
-        result = replace(result, baseline=second)
-    if (Path(request.target) / "run.yaml").is_file():
-        name = result_name(request, [text.name for text in texts])
-        _keep(Path(request.target) / FOLDER, name, result.to_json(), progress)
-    return result
+    folder = cache_dir() / FOLDER if target.run is None else target.run.path / FOLDER
+    return _Side(target, Answers(folder / ANSWERS if request.cache else None, identity(target), progress.log))
 
 
-def result_name(request: EvalRequest, texts: Sequence[str]) -> str:
-    """The file name of a result, from all that decides its figures: `ppl-wikitext2-eval-2048-limit-8`."""
-    parts = [f"ppl-{'+'.join(texts)}-{request.seqlen}"] if texts else []
-    if request.tasks:
-        parts.append("tasks-" + "+".join(Path(task).stem if ":" in task else task for task in request.tasks))
-    if request.data_dir is not None:
-        parts.append(f"data-{request.data_dir.resolve().name}")
-    if request.num_fewshot is not None:
-        parts.append(f"fewshot-{request.num_fewshot}")
-    if request.limit is not None:
-        parts.append(f"limit-{request.limit}")
-    if request.baseline is not None:
-        parts.append(f"against-{Path(request.baseline).name}")
-    name = re.sub(r"[^\w.+-]+", "-", "-".join(parts))
-    # File systems end names at 255 bytes; a hash keeps long ones apart.
-    return name if len(name) <= 120 else f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+def _read_text(spec: str, contents: dict[str, str], warn: Callable[[str], None]) -> Text:
+    """A text under the name of its results: what was asked for, of a file its stem; of `auto`, what that came to be.
 
-
-def _check(request: EvalRequest) -> None:
-    if not request.tasks and not request.ppl:
-        raise UsageError(
-            "nothing to evaluate: give a text (--ppl FILE, --ppl wikitext2) or lm-eval tasks (--tasks piqa,arc_easy; "
-            "--tasks lastword:FILE needs no network)"
-        )
-    for option, value, least in (
-        ("--seqlen", request.seqlen, 2),
-        ("--limit", request.limit, 1),
-        ("--batch", request.batch, 1),
-        ("--num-fewshot", request.num_fewshot, 0),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{option}: {value} is less than {least}")
-    if request.data_dir is not None and not request.tasks:
-        raise UsageError(f"--data-dir {request.data_dir}: holds the questions of --tasks, and no task is given")
-    if request.data_dir is not None and request.num_fewshot:
-        raise UsageError("--num-fewshot: --data-dir has no examples beside the questions themselves; leave it out")
-
-
-def _read_text(spec: str, warn: Callable[[str], None]) -> Text:
-    """A text under the name of its results: what was asked for, of a file its stem; of `auto`, what that came to be."""
+    Its SHA-256 goes into `contents`.
+    """
     from flatq_cli.data.texts import load_text
 
     text = load_text(spec, evaluation=True, warn=warn)
+    contents[spec] = text.sha256
     return text if spec == "auto" else replace(text, name=Path(spec).stem)
 
 
@@ -211,46 +150,138 @@ def _distinct(texts: list[Text]) -> list[Text]:
     return texts
 
 
-def _measure(
-    target: Target, texts: list[Text], tasks: TaskSet | None, request: EvalRequest, progress: Progress, started: float
-) -> EvalResult:
+def _measure_texts(
+    sides: Sequence[_Side], texts: Sequence[Text], request: EvalRequest, progress: Progress
+) -> dict[str, int]:
+    """Fill `windows` and `pairs` of each side; returns how many windows a text has, in all shards together."""
     from flatq_cli.data.windows import evaluation_windows
-    from flatq_cli.evaluation.harness import run_tasks
-    from flatq_cli.evaluation.perplexity import perplexity
 
-    measured: dict[str, Perplexity] = {}
-    scores: dict[str, dict[str, float]] = {}
-    for text in texts:
-        windows = evaluation_windows(text, target.tokenizer, request.seqlen, request.limit)
-        measured[text.name] = perplexity(windows, target.logits(windows, progress))
-        progress.log(f"perplexity of {text.name}: {measured[text.name].value:.4f}")
-    if tasks is not None:
-        scores = run_tasks(
-            tasks,
-            target.model(),
-            target.tokenizer,
-            progress,
-            batch=request.batch,
-            limit=request.limit,
-            num_fewshot=request.num_fewshot,
-        )
-    _log_broken(measured, scores, progress)
-    return EvalResult(
-        target=target.spec,
-        kind=target.kind,
-        recipe=target.recipe,
-        perplexity=measured,
-        tasks=scores,
-        versions=_versions(with_harness=tasks is not None),
-        seconds=round(time.monotonic() - started, 3),
-        data={} if tasks is None else {name: questions.to_json() for name, questions in tasks.data.items()},
-        peak=take_peak(),
+    cut = [
+        [evaluation_windows(text, side.target.tokenizer, request.seqlen, request.limit) for side in sides]
+        for text in texts
+    ]
+    for text, windows in zip(texts, cut, strict=True):
+        _measure_text(sides, text.name, windows, request.shard, progress)
+        for side in sides:
+            evidence = side.windows[text.name]
+            if evidence.losses:
+                progress.log(f"perplexity of {text.name}{_of(side, sides)}: {_perplexity(evidence).value:.4f}")
+    return {text.name: len(windows[0]) for text, windows in zip(texts, cut, strict=True)}
+
+
+def _measure_text(
+    sides: Sequence[_Side], name: str, windows: Sequence[Tensor], shard: Shard, progress: Progress
+) -> None:
+    """One text: both models together where they read the same tokens, else one after the other."""
+    import torch
+
+    from flatq_cli.evaluation.windows import measure_pair, measure_windows
+
+    indices = [[index for index in range(len(found)) if index in shard] for found in windows]
+    if len(sides) == 2:
+        ours, theirs = sides
+        if torch.equal(*windows) and ours.target.vocabulary == theirs.target.vocabulary:
+            ours.windows[name], theirs.windows[name], ours.pairs[name] = measure_pair(
+                (ours.target, theirs.target), (ours.answers, theirs.answers), windows[0], indices[0], progress
+            )
+            return
+        progress.log(f"{name}: the two models have other tokens, so their predictions are not compared one by one")
+    for side, found, wanted in zip(sides, windows, indices, strict=True):
+        side.windows[name] = measure_windows(side.target, side.answers, found, wanted, progress)
+
+
+def _of(side: _Side, sides: Sequence[_Side]) -> str:
+    return "" if side is sides[0] else " of the baseline"
+
+
+def _ask_tasks(
+    side: _Side, tasks: TaskSet, request: EvalRequest, progress: Progress, samples: list[str]
+) -> TaskResults:
+    from flatq_cli.evaluation.answering import AnsweringLM
+    from flatq_cli.evaluation.tasks import run_tasks
+
+    target = side.target
+    model = AnsweringLM(target.model, target.tokenizer, side.answers, progress, request.batch, request.shard)
+
+    def log_sample(task: str, sample: Sample) -> None:
+        samples.append(_json_line({"target": target.spec, "task": task, **sample}))
+
+    return run_tasks(
+        tasks,
+        model,
+        limit=request.limit,
+        prompting=request.prompting,
+        log_sample=None if request.log_samples is None else log_sample,
     )
 
 
-def _log_broken(measured: dict[str, Perplexity], scores: dict[str, dict[str, float]], progress: Progress) -> None:
-    figures = {f"the perplexity of {name}": ppl.value for name, ppl in measured.items()}
-    for task, metrics in scores.items():
+def _json_line(sample: Sample) -> str:
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def _settings(request: EvalRequest, contents: dict[str, str], windows: dict[str, int]) -> dict[str, Any]:
+    """What decides the figures of both models, for those who join shards."""
+    return {
+        "contents": contents,
+        "windows": windows,
+        "seqlen": request.seqlen,
+        "limit": request.limit,
+        "tasks": list(request.tasks),
+        "num_fewshot": request.prompting.num_fewshot,
+        "chat_template": request.prompting.chat_template,
+        "system_instruction": request.prompting.system_instruction,
+        "fewshot_as_multiturn": request.prompting.fewshot_as_multiturn,
+        "baseline": request.baseline,
+    }
+
+
+def _result(
+    side: _Side,
+    asked: TaskResults | None,
+    tasks: TaskSet | None,
+    request: EvalRequest,
+    settings: dict[str, Any],
+    seconds: float,
+    name: str,
+    progress: Progress,
+) -> EvalResult:
+    target = side.target
+    result = EvalResult(
+        target=target.spec,
+        kind=target.kind,
+        recipe=target.recipe,
+        perplexity={text: _perplexity(found) for text, found in side.windows.items() if found.losses},
+        tasks={} if asked is None else asked.figures,
+        versions=_versions(with_harness=tasks is not None),
+        seconds=round(seconds, 3),
+        data={} if tasks is None else {task: questions.to_json() for task, questions in tasks.data.items()},
+        peak=take_peak(),
+        evidence=Evidence(
+            windows=side.windows,
+            pairs=side.pairs,
+            tasks={} if asked is None else asked.evidence,
+            groups={} if asked is None else asked.groups,
+            settings={**settings, "model": side.answers.identity},
+        ),
+        shard=request.shard,
+        name=name,
+    )
+    log_broken(result, progress)
+    return result
+
+
+def _perplexity(evidence: WindowEvidence) -> Any:
+    from flatq_cli.evaluation.perplexity import perplexity
+
+    return perplexity(evidence.losses, evidence.seqlen)
+
+
+def log_broken(result: EvalResult, progress: Progress) -> None:
+    """Say which figures are no finite numbers."""
+    figures = {f"the perplexity of {name}": ppl.value for name, ppl in result.perplexity.items()}
+    for task, metrics in result.tasks.items():
         figures.update({f"{task}: {metric}": value for metric, value in metrics.items()})
     for name, value in figures.items():
         if not math.isfinite(value):
@@ -260,16 +291,3 @@ def _log_broken(measured: dict[str, Perplexity], scores: dict[str, dict[str, flo
 def _versions(with_harness: bool) -> dict[str, str]:
     versions = package_versions()
     return {**versions, "lm_eval": importlib.metadata.version("lm_eval")} if with_harness else versions
-
-
-def _keep(folder: Path, name: str, result: dict[str, Any], progress: Progress) -> None:
-    from flatq_cli.evaluation.tables import evaluation_markdown
-
-    atomic.make_directory(folder)
-    atomic.write_json(folder / f"{name}.json", result)
-    atomic.write_text(folder / f"{name}.md", evaluation_markdown(result))
-    progress.log(f"written: {folder / name}.json")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -15,6 +15,8 @@ from flatq_cli.cli.app import app
 from flatq_cli.config.recipe_files import load_recipe, recipe_from_mapping
 from flatq_cli.config.yaml_text import parse_yaml
 from flatq_cli.errors import GateError, UsageError, WorkError
+from flatq_cli.evaluation.prompting import Prompting
+from flatq_cli.evaluation.shard import Shard
 
 FIGURES = {
     "schema": "flatq.eval/1",
@@ -86,7 +88,9 @@ def stages(monkeypatch, tmp_path):
             progress.note("loss 2 → 1")
         return {"blocks": 2, "loss_after": 0.5}
 
-    fakes = types.SimpleNamespace(calls=calls, names=lambda: [name for name, _, _ in calls])
+    fakes = types.SimpleNamespace(
+        module=module, record=record, calls=calls, names=lambda: [name for name, _, _ in calls]
+    )
     fakes.calibrate = module(
         "stages",
         "calibrate",
@@ -96,11 +100,15 @@ def stages(monkeypatch, tmp_path):
     fakes.plan = module("stages", "plan", plan=record("plan", lambda model, recipe, *a, **k: FakePlan(recipe)))
     fakes.fuse = module("stages", "fuse", fuse=record("fuse", lambda *a, **k: {"bytes": 2**21}))
     fakes.export = module("stages", "export", export=record("export", lambda *a, **k: {"path": "out", "seconds": 75.0}))
+    fakes.eval_request = module(
+        "stages",
+        "eval_request",
+        EvalRequest=lambda **options: options,
+        check_request=record("check", lambda request: None),
+    )
     fakes.evaluate = module(
         "stages",
         "evaluate",
-        EvalRequest=lambda **options: options,
-        check_request=record("check", lambda request: None),
         evaluate=record("eval", lambda *a, **k: FakeResult(FIGURES)),
     )
     fakes.inspect = module(
@@ -239,14 +247,51 @@ def test_eval_passes_everything_that_was_asked(stages):
     result = flatq(
         "eval", "runs/a", "--tasks", "piqa, arc_easy", "--tasks", "lastword", "--ppl", "a.txt", "--ppl", "wikitext2",
         "--seqlen", "512", "--limit", "8", "--baseline", "b/c", "--batch", "2", "--num-fewshot", "5", "--device", "cpu",
-        "--data-dir", "mirror", "--backend", "cpu",
+        "--data-dir", "mirror", "--backend", "cpu", "--apply-chat-template", "--system-instruction", "Be brief.",
+        "--no-fewshot-as-multiturn", "--include-path", "mine", "--log-samples", "samples.jsonl", "--shard", "2/3",
+        "--no-cache",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert stages.calls[0][1][0] == {
         "target": "runs/a", "tasks": ("piqa", "arc_easy", "lastword"), "ppl": ("a.txt", "wikitext2"), "seqlen": 512,
-        "limit": 8, "baseline": "b/c", "batch": 2, "device": "cpu", "num_fewshot": 5, "trust_remote_code": False,
-        "data_dir": Path("mirror"), "backend": "cpu",
+        "limit": 8, "baseline": "b/c", "batch": 2, "device": "cpu", "trust_remote_code": False,
+        "prompting": Prompting(5, True, "Be brief.", False), "data_dir": Path("mirror"), "include_path": Path("mine"),
+        "backend": "cpu", "cache": False, "shard": Shard(2, 3), "log_samples": Path("samples.jsonl"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "batch"), [([], 1), (["--batch", "auto"], "auto")])
+def test_the_batch_of_eval_is_one_question_a_number_of_them_or_what_fits(stages, given, batch):
+    flatq("eval", "runs/a", "--ppl", "a", "--device", "cpu", *given)
+    assert stages.calls[0][1][0]["batch"] == batch
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--batch", "many", "give a number of questions, 1 or more, or auto"),
+        ("--batch", "0", "give a number of questions, 1 or more, or auto"),
+        ("--shard", "3", "give PART/PARTS, such as 1/4"),
+        ("--shard", "0/3", "parts are counted from 1 to 3"),
+        ("--shard", "4/3", "parts are counted from 1 to 3"),
+        ("--log-samples", "/dev/null/samples", "cannot write a file there"),
+    ],
+)
+def test_what_an_option_of_eval_cannot_take_is_refused_by_its_name(stages, option, value, words):
+    result = flatq("eval", "runs/a", "--ppl", "a", "--device", "cpu", option, value)
+    assert (result.exit_code, result.stderr) == (2, f"flatq: {option} {value}: {words}\n")
+    assert stages.calls == []
+
+
+def test_shards_are_merged_by_a_command_of_two_words(stages, monkeypatch):
+    stages.module("stages", "merge", merge=stages.record("merge", lambda *a, **k: FakeResult(FIGURES)))
+    result = flatq("eval", "merge", "1.json", "2.json", "--json", "whole.json")
+    assert result.exit_code == 0, result.output
+    assert stages.calls[0][1][0] == [Path("1.json"), Path("2.json")]
+    assert json.loads(Path("whole.json").read_text()) == FIGURES
+    assert "eval merge [OPTIONS]" in " ".join(flatq("eval", "merge", "--help").stdout.split())
+    flatq("eval", "./merge", "--ppl", "a", "--device", "cpu")
+    assert stages.calls[1][1][0]["target"] == "./merge"
 
 
 def test_eval_prints_figures_as_a_table_and_writes_them_as_json(stages):
@@ -287,7 +332,7 @@ def test_run_does_all_four_stages_on_one_run(stages):
 
 
 def test_run_refuses_wrong_questions_before_it_works(stages, monkeypatch):
-    monkeypatch.setattr(stages.evaluate, "check_request", failing(UsageError("piqa.jsonl:9: no field 'gold'")))
+    monkeypatch.setattr(stages.eval_request, "check_request", failing(UsageError("piqa.jsonl:9: no field 'gold'")))
     result = flatq("run", "--model", "llama-3-8b", "--tasks", "piqa", "--data-dir", "mirror", "--device", "cpu")
     assert (result.exit_code, result.stderr) == (2, "flatq: piqa.jsonl:9: no field 'gold'\n")
     assert stages.calls == []

@@ -9,9 +9,9 @@ from huggingface_hub import constants
 
 from flatq_cli.data.texts import Text, load_text
 from flatq_cli.errors import UsageError
-from flatq_cli.evaluation.harness import load_tasks, run_tasks
+from flatq_cli.evaluation.harness import load_tasks
 from flatq_cli.evaluation.lastword import passages
-from flatq_cli.store.progress import SilentProgress
+from tests.evaluation.asking import ask
 
 
 def read_text(spec: str) -> Text:
@@ -36,7 +36,7 @@ def by_hand(tiny) -> tuple[float, float]:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_harness_scores_last_words_as_a_computation_by_hand(tiny, batch: int):
     tasks = load_tasks([f"lastword:{tiny.text}"], read_text)
-    scores = run_tasks(tasks, tiny.model, tiny.tokenizer, SilentProgress(), batch=batch)
+    scores = ask(tasks, tiny, batch).figures
     accuracy, perplexity = by_hand(tiny)
     assert 0 < accuracy < 1
     assert scores["lastword:tiny-prose"]["acc"] == pytest.approx(accuracy)
@@ -48,14 +48,14 @@ def test_the_harness_says_nothing_of_its_own(
 ):
     monkeypatch.chdir(tmp_path)  # outside a repository, where the git that it starts would complain
     tasks = load_tasks([f"lastword:{tiny.text}"], read_text)
-    run_tasks(tasks, tiny.model, tiny.tokenizer, SilentProgress(), limit=2)
+    ask(tasks, tiny, limit=2)
     assert capfd.readouterr() == ("", "")
 
 
 def test_tasks_can_be_asked_again_and_limited(tiny):
     tasks = load_tasks([f"lastword:{tiny.text}"], read_text)
-    first, again = (run_tasks(tasks, tiny.model, tiny.tokenizer, SilentProgress()) for _ in range(2))
-    limited = run_tasks(tasks, tiny.model, tiny.tokenizer, SilentProgress(), limit=2)
+    first, again = (ask(tasks, tiny).figures for _ in range(2))
+    limited = ask(tasks, tiny, limit=2).figures
     assert first == again
     assert limited["lastword:tiny-prose"]["acc"] in (0, 0.5, 1)
     assert limited != first

@@ -12,9 +12,9 @@ from lm_eval.tasks import TaskManager
 from flatq_cli.config.locations import configs_dir
 from flatq_cli.data.texts import load_text
 from flatq_cli.errors import UsageError
-from flatq_cli.evaluation.harness import load_tasks, run_tasks
+from flatq_cli.evaluation.harness import load_tasks
 from flatq_cli.evaluation.local_tasks import LOCAL_TASKS, read_questions
-from flatq_cli.store.progress import SilentProgress
+from tests.evaluation.asking import ask
 from tests.evaluation.local_data import (
     TASKS,
     hub_row,
@@ -91,7 +91,7 @@ def test_metrics_delimiter_and_version_are_those_of_the_harness(task: str, tmp_p
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_scores_equal_those_of_lm_eval_itself(tiny, mirror: Path, tmp_path: Path, batch: int):
-    ours = run_tasks(load_tasks(TASKS, no_text, mirror), tiny.model, tiny.tokenizer, SilentProgress(), batch=batch)
+    ours = ask(load_tasks(TASKS, no_text, mirror), tiny, batch).figures
     assert ours == scores_of_the_harness(tiny.model, tiny.tokenizer, mirror, tmp_path / "yaml", batch)
     assert all(0 < ours[task]["acc"] < 1 for task in TASKS), ours
     assert ours["hellaswag"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
@@ -106,7 +106,7 @@ def test_the_order_of_choices_decides_nothing_but_the_answer(tiny, tmp_path: Pat
     for gold in (0, 1, 2, 3):
         folder = write_mirror(tmp_path / str(gold), {"arc_easy": [{**row, "gold": gold} for row in rows]})
         tasks = load_tasks(["arc_easy"], no_text, folder)
-        scores[gold] = run_tasks(tasks, tiny.model, tiny.tokenizer, SilentProgress(), batch=8)["arc_easy"]["acc"]
+        scores[gold] = ask(tasks, tiny, batch=8).figures["arc_easy"]["acc"]
     assert sum(scores.values()) == pytest.approx(1)
 
 

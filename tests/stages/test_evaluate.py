@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flatq_cli.config.recipe_files import load_recipe
 from flatq_cli.errors import UsageError
+from flatq_cli.evaluation.prompting import Prompting
+from flatq_cli.evaluation.result import EvalResult
 from flatq_cli.stages.calibrate import calibrate, open_or_create_run
-from flatq_cli.stages.evaluate import EvalRequest, EvalResult, check_request, evaluate, result_name
+from flatq_cli.stages.eval_request import EvalRequest, check_request, result_name
+from flatq_cli.stages.evaluate import evaluate
 from flatq_cli.stages.export import export
 from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
@@ -81,7 +85,7 @@ def test_the_result_has_exactly_the_keys_of_the_schema(model_dir: Path, text: Pa
     asked = EvalRequest(str(model_dir), ppl=(str(text),), tasks=(f"lastword:{text}",), seqlen=32, limit=4)
     result = evaluate(asked, SilentProgress()).to_json()
     assert list(result) == [
-        "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds",
+        "schema", "target", "kind", "recipe", "perplexity", "tasks", "harness", "gates", "versions", "seconds",
         "peak_memory_bytes", "peak_gpu_memory_bytes",
     ]  # fmt: skip
     assert (result["schema"], result["target"]) == ("flatq.eval/1", str(model_dir))
@@ -133,7 +137,7 @@ def test_quantization_changes_the_perplexity_and_the_baseline_stands_beside_it(r
 def test_the_result_of_a_run_is_kept_in_it(run: Run, text: Path):
     asked = EvalRequest(str(run.path), ppl=(str(text),), seqlen=16, limit=2)
     result = evaluate(asked, SilentProgress())
-    kept = run.path / "eval" / "ppl-little-prose-16-limit-2.json"
+    (kept,) = run.path.glob("eval/ppl-little-prose-16-limit-2-*.json")
     assert json.loads(kept.read_text()) == result.to_json()
     assert f"{result.perplexity['little-prose'].value:.4g}" in kept.with_suffix(".md").read_text()
 
@@ -156,10 +160,10 @@ def test_nothing_to_evaluate_says_what_to_give():
         ({"seqlen": 1}, "--seqlen"),
         ({"limit": 0}, "--limit"),
         ({"batch": 0}, "--batch"),
-        ({"num_fewshot": -1}, "--num-f"),
+        ({"prompting": Prompting(num_fewshot=-1), "tasks": ("piqa",)}, "--num-f"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(wrong: dict[str, int], option: str):
+def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(wrong: dict[str, Any], option: str):
     with pytest.raises(UsageError, match=option):
         evaluate(EvalRequest("anything", ppl=("pydoc",), **wrong), SilentProgress())
 
@@ -226,7 +230,7 @@ def test_wrong_questions_in_a_folder_are_found_before_the_model_is_opened(mirror
     ("wrong", "words"),
     [
         ({"tasks": (), "ppl": ("pydoc",)}, "no task is given"),
-        ({"num_fewshot": 5}, "--num-fewshot: --data-dir has no examples"),
+        ({"prompting": Prompting(num_fewshot=5)}, "--num-fewshot: --data-dir has no examples"),
         ({"tasks": ("mmlu",)}, "no task 'mmlu'; it knows arc_easy, piqa, winogrande, hellaswag"),
     ],
 )
@@ -242,14 +246,14 @@ def test_names_of_results_differ_where_the_request_does_and_fit_a_file_system():
         EvalRequest("run", ppl=("a",), limit=8),
         EvalRequest("run", ppl=("a",), baseline="full/model"),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt")),
-        EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), num_fewshot=5),
+        EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), prompting=Prompting(num_fewshot=5)),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), data_dir=Path("some/mirror")),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), data_dir=Path(".")),
         EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(50))),
         EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(51))),
     ]
-    names = [result_name(request, request.ppl) for request in requests]
-    assert names[2] == "ppl-a-2048-limit-8"
+    names = [result_name(request, request.ppl, {}) for request in requests]
+    assert re.fullmatch(r"ppl-a-2048-limit-8-[0-9a-f]{8}", names[2])
     assert len(set(names)) == len(names)
     assert all(len(name) <= 120 and "/" not in name and ":" not in name for name in names)
 

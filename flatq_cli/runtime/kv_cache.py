@@ -11,40 +11,31 @@ The layout is that of the CUDA kernels (`kernels/kv_quant.py`): for K and for V,
 capacity, bytes]`, scale float32 and zero uint8 `[batch, kv_heads, capacity]`; no zero where codes are symmetric. At 4
 bits a row takes head_dim / 2 + 5 bytes in place of 2 · head_dim.
 
-A model with `use_packed_cache` exchanges the layers of every stock `DynamicCache` that comes empty, in place:
-`generate`, and callers who make their own cache, need to know nothing. Every other cache stays as it is, and the sites
-fake-quantize what is read from it: the same result from more memory.
+Here is the cache that grows. `static_cache.py` has the one that does not, for CUDA graphs and `torch.compile`, and
+`pack_cache.py` puts both in the place of transformers' own.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import logging
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from flatq_cli.quantization.packing import pack, unpack
 from flatq_cli.quantization.quantizers import quantize
-from flatq_cli.runtime.layout import KEY, VALUE
 from flatq_cli.transforms.kronecker import kronecker_matmul
 
 if TYPE_CHECKING:
     from flatq_cli.runtime.sites import OnlineSite
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""What a decoder's forward calls its cache: now, and in earlier versions of transformers 5."""
-
 STEP = 64
 """Rows by which capacities are rounded up. The kernels want each head's codes to begin at a multiple of 16 bytes."""
-
-logger = logging.get_logger(__name__)
 
 
 def capacity_for(tokens: int) -> int:
@@ -58,12 +49,15 @@ def capacity_for(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class PackedStates:
-    """Keys or values as `PackedLayer.update` returns them: transformed and quantized, rows `start` to `end` of a store.
+    """Keys or values as a packed layer's `update` returns them: transformed and quantized, rows `start` to `end` of a
+    store.
 
     Args:
         codes: uint8 `[batch, kv_heads, capacity, bytes]`. scale: float32 `[batch, kv_heads, capacity]`.
         zero: uint8 `[batch, kv_heads, capacity]`; None: symmetric codes.
         width: head_dim.
+        lengths: int32 `[batch]`, on the device: of the rows from 0 to `end`, so many of each sequence are in use, which
+            the host does not know (`static_cache.py`); None: all from `start` to `end` are.
     """
 
     codes: Tensor
@@ -73,6 +67,19 @@ class PackedStates:
     end: int
     bits: int
     width: int
+    lengths: Tensor | None = None
+
+    def seen(self, tokens: int, mask: Tensor | None) -> PackedStates:
+        """The rows that the newest `tokens` attend to.
+
+        Args:
+            mask: as sdpa takes it. Of rows whose number only the device knows it says which are seen; without a mask
+                they are those of a cache that was empty before (transformers gives every other call a mask).
+        """
+        if self.lengths is None:
+            return self
+        end, lengths = (tokens, None) if mask is None else (mask.shape[-1], self.lengths)
+        return PackedStates(self.codes, self.scale, self.zero, 0, end, self.bits, self.width, lengths)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The numbers, `[batch, kv_heads, end - start, width]`, computed in float32 and cast to `dtype`."""
@@ -149,12 +156,12 @@ class PackedRows:
 
     def rearrange(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Put `pick(part)` in the place of every part: other sequences along the first axis."""
-        with _ordinary_tensors():
+        with ordinary_tensors():
             self.parts = tuple(pick(part) for part in self.parts)
 
     def _move(self, capacity: int, like: Sequence[Tensor]) -> None:
         """Move the rows to the beginning of new tensors, with the sizes of `like` but for `capacity`."""
-        with _ordinary_tensors():
+        with ordinary_tensors():
             fresh = tuple(part.new_zeros(*part.shape[:2], capacity, *part.shape[3:]) for part in like)
             for part, old in zip(fresh, self.parts, strict=False):
                 part[:, :, : len(self)] = old[:, :, self.start : self.end]
@@ -162,7 +169,7 @@ class PackedRows:
 
 
 @contextmanager
-def _ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
     """Tensors made under `torch.inference_mode` could not be written outside it; a cache may outlive it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -307,65 +314,3 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     def _rearrange(self, pick: Callable[[Tensor], Tensor]) -> None:
         self.key_rows.rearrange(pick)
         self.value_rows.rearrange(pick)
-
-
-def pack_cache(cache: Any, sites: Sequence[tuple[OnlineSite, OnlineSite]]) -> bool:
-    """Give an empty stock `DynamicCache` packed layers, in place; whether that was done.
-
-    It is not done for a cache that holds something, be it packed already or floating point, nor for one of another
-    class, nor for one that moves its layers to the CPU: what is in them stays right as it is.
-
-    Args:
-        sites: `key` and `value` of each block.
-    """
-    if type(cache) is not DynamicCache or cache.offloading:
-        kind = type(cache).__name__ + (" with offloading" if getattr(cache, "offloading", False) else "")
-        logger.warning_once(f"keys and values stay floating point in memory: flatq packs DynamicCache, not {kind}")
-        return False
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, PackedLayer) for layer in cache.layers)
-    if not known or len(cache.layers) not in (0, len(sites)) or cache.get_seq_length():
-        return False
-    replaced = cache.layers or [DynamicLayer() for _ in sites]
-    cache.layers = [
-        PackedLayer(key, value, getattr(layer, "sliding_window", None))
-        for (key, value), layer in zip(sites, replaced, strict=True)
-    ]
-    cache.layer_class_to_replicate = None
-    if any(getattr(layer, "record_past", False) for layer in replaced):
-        cache.activate_past_recording()
-    return True
-
-
-class _PackTheCache:
-    """Forward pre-hook of a decoder: the cache it is called with, or would make, is packed. A class, so that a deepcopy
-    of the model copies it too.
-    """
-
-    def __init__(self, decoder: nn.Module, sites: Sequence[tuple[OnlineSite, OnlineSite]]) -> None:
-        self.sites = sites
-        self.names = tuple(inspect.signature(decoder.forward).parameters)
-        self.name = next(name for name in CACHE_NAMES if name in self.names)
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        given = [kwargs.pop(name) for name in CACHE_NAMES if name in kwargs]
-        cache = next((each for each in given if each is not None), None)
-        use_cache = kwargs.get("use_cache")
-        if cache is None and (getattr(module.config, "use_cache", False) if use_cache is None else use_cache):
-            cache = DynamicCache(config=module.config)
-        # Codes have no gradient; a model in training keeps the stock cache.
-        if cache is not None and not module.training:
-            pack_cache(cache, self.sites)
-        return (), {**kwargs, self.name: cache}
-
-
-def use_packed_cache(decoder: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Let `decoder` keep keys and values packed, by a hook on its forward.
-
-    Args:
-        decoder: the model without its head. blocks: its blocks, with their sites attached (`runtime/sites.py`).
-    """
-    sites: list[Any] = [
-        (block.get_submodule(f"sites.{KEY}"), block.get_submodule(f"sites.{VALUE}")) for block in blocks
-    ]
-    decoder.register_forward_pre_hook(_PackTheCache(decoder, sites), with_kwargs=True)

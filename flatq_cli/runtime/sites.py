@@ -147,6 +147,8 @@ def flatq_attention(
     if QUERY in sites:
         query = sites[QUERY](query)
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        tokens = query.shape[2]
+        key, value = key.seen(tokens, attention_mask), value.seen(tokens, attention_mask)
         backend = sites[KEY].backend
         attended = backend.attend(query, key, value, attention_mask, kwargs.get("scaling"))
         if attended is not None:

@@ -144,6 +144,11 @@ class FlatqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        """`generate` with a static cache may compile its decode steps, as it does on a GPU unless told not to."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """Codes have no gradient."""
         return False
@@ -158,8 +163,8 @@ def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
         UsageError: an architecture that no family describes.
     """
     from flatq_cli.models.families import Shapes, family_of
-    from flatq_cli.runtime.kv_cache import use_packed_cache
     from flatq_cli.runtime.layout import block_layout
+    from flatq_cli.runtime.pack_cache import use_packed_cache
     from flatq_cli.runtime.sites import attach_sites, online_sites
 
     family = family_of(model.config)

@@ -21,8 +21,9 @@ from transformers import DynamicCache
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.targets import Target, open_target
 from flatq_cli.runtime.backends import available, set_backend
-from flatq_cli.runtime.kv_cache import CACHE_NAMES, PackedLayer
+from flatq_cli.runtime.kv_cache import PackedLayer
 from flatq_cli.runtime.linear import PackedLinear
+from flatq_cli.runtime.pack_cache import CACHE_NAMES
 from flatq_cli.store.progress import Progress
 from flatq_cli.store.versions import package_versions
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flatq_cli.kernels.kv_quant import dequantize_cache
 from flatq_cli.quantization.packing import unpack
 from flatq_cli.quantization.quantizers import quantize
 from flatq_cli.runtime.fused import open_fused
-from flatq_cli.runtime.kv_cache import PackedLayer, PackedRows, PackedStates, capacity_for, pack_cache, packed_rows
+from flatq_cli.runtime.kv_cache import PackedLayer, PackedRows, PackedStates, capacity_for, packed_rows
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.runtime.sites import OnlineSite
 from flatq_cli.stages.export import export
@@ -377,13 +377,6 @@ def test_a_filled_stock_cache_stays_and_gives_the_same(pair):
     after = logits(pair.loaded, following, cache)
     assert not any(isinstance(each, PackedLayer) for each in cache.layers)
     torch.testing.assert_close(after, logits(pair.fused, following, expected))
-
-
-def test_a_static_cache_stays_and_gives_the_same(pair):
-    expected, _ = generated(pair.fused, padded_prompts())
-    options = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
-    assert torch.equal(pair.loaded.generate(**padded_prompts(), **options), expected)
-    assert not pack_cache(StaticCache(config=pair.loaded.config, max_cache_len=40), [])
 
 
 def test_a_model_in_training_keeps_the_stock_cache(llama):

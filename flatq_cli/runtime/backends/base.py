@@ -14,7 +14,7 @@ were the float activation, so it is computed once and shared. Backends hold no s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -61,13 +61,22 @@ class Backend(ABC):
         """
         return False
 
+    def store_at(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], start: Tensor) -> bool:
+        """`store` where only the device knows the row: into a cache of fixed size (`runtime/static_cache.py`).
+
+        Args:
+            start: int32 `[batch]`, on x's device, where each sequence's first token goes.
+        """
+        return False
+
     def attend(
         self, query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scaling: float | None
     ) -> Tensor | None:
         """Attention over a packed cache, `[batch, heads, tokens, head_dim]`; None: not done, torch does it.
 
         Args:
-            query: `[batch, heads, tokens, head_dim]`, through its site. mask: as sdpa takes it; None: causal.
+            query: `[batch, heads, tokens, head_dim]`, through its site. mask: as sdpa takes it; None: causal. There is
+                one wherever the states have `lengths`.
             scaling: factor on the scores; None: head_dim ** -0.5.
         """
         return None
@@ -93,14 +102,18 @@ class BackendModule(OwnDtype):
 
     backend: Backend
 
-    def prepared(self, make: Callable[[Self], T]) -> T:
-        """`make(self)`, kept until a tensor of this module is another one."""
-        kept = self.__dict__.get("_prepared")
-        if kept is not None and kept[0] is make and all(map(is_, kept[1], self._buffers.values())):
-            return kept[2]  # type: ignore[no-any-return]
-        made = make(self)
+    def prepared(self, make: Callable[..., T], *arguments: Hashable) -> T:
+        """`make(self, *arguments)`, kept until it is another that is asked for or a tensor of this module is another.
+
+        `torch.compile` follows the comparisons (identity of functions and tensors, no closures or partial functions),
+        and takes what is kept for a constant that they guard.
+        """
+        made_by, of, tensors, made = self.__dict__.get("_prepared", (None, (), (), None))
+        if made_by is make and of == arguments and all(map(is_, tensors, self._buffers.values())):
+            return made  # type: ignore[no-any-return]
+        made = make(self, *arguments)
         # Not a submodule, a parameter or a buffer: past nn.Module's __setattr__.
-        self.__dict__["_prepared"] = (make, list(self._buffers.values()), made)
+        self.__dict__["_prepared"] = (make, arguments, list(self._buffers.values()), made)
         return made
 
     def drop_prepared(self) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,12 +99,15 @@ class Cuda(Backend):
 
     def store(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], row: int) -> bool:
         """Rows into the cache by one launch; 4 and 8 asymmetric bits."""
+        return self.store_at(site, x, parts, torch.full((x.shape[0],), row, dtype=torch.int32, device=x.device))
+
+    def store_at(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], start: Tensor) -> bool:
+        """The same: the kernel reads the row on the device in any case."""
         head_dim = x.shape[-1]
         fits = site.bits in CACHE_BITS and not site.symmetric and x.dtype in HALF_NAMES
         if not fits or head_dim % 2 or head_dim > GREATEST_HEAD:
             return False
-        matrix = None if site.right is None else site.prepared(_heads_matrix[x.dtype])
-        start = torch.full((x.shape[0],), row, dtype=torch.int32, device=x.device)
+        matrix = None if site.right is None else site.prepared(_heads_matrix, x.dtype)
         codes, scale, zero = parts
         kv_quant_(x, matrix, _clip(site, x.device), codes, scale, zero, start)
         return True
@@ -117,6 +119,8 @@ class Cuda(Backend):
         batch, _, tokens, head_dim = query.shape
         fits = keys.bits in CACHE_BITS and values.bits == keys.bits and query.dtype in HALF_NAMES
         if not fits or tokens > MAX_QUERY or head_dim % 2 or head_dim > GREATEST_HEAD:
+            return None
+        if keys.lengths is not None:
             return None
         if keys.zero is None or values.zero is None or (keys.start, keys.end) != (values.start, values.end):
             return None
@@ -151,7 +155,7 @@ class _FusedNorm:
 
 def _quantized(site: OnlineSite, x: Tensor, **in_front: Any) -> QuantizedActivation:
     """`x`, or what `kron_quant` makes of it `in_front`, through `site`."""
-    matrices, clip = site.prepared(_matrices[x.dtype]), _clip(site, x.device)
+    matrices, clip = site.prepared(_kron_matrices, x.dtype), _clip(site, x.device)
     result = kron_quant(x, matrices, clip, bits=site.bits, symmetric=site.symmetric, **in_front)
     return QuantizedActivation(*result, x.shape, x.dtype, site.bits)
 
@@ -212,11 +216,11 @@ def _clip(site: OnlineSite, device: torch.device) -> Tensor:
     return torch.ones(2, device=device) if site.clip is None else site.clip
 
 
-def _prepare_kron(dtype: torch.dtype, site: OnlineSite) -> KronMatrices:
+def _kron_matrices(site: OnlineSite, dtype: torch.dtype) -> KronMatrices:
     return prepare_kron(site.left, site.right, dtype, site.width)
 
 
-def _prepare_heads(dtype: torch.dtype, site: OnlineSite) -> Tensor:
+def _heads_matrix(site: OnlineSite, dtype: torch.dtype) -> Tensor:
     assert site.right is not None
     return site.right.to(dtype).contiguous()
 
@@ -224,8 +228,3 @@ def _prepare_heads(dtype: torch.dtype, site: OnlineSite) -> Tensor:
 def _row_sums(linear: PackedLinear) -> Tensor:
     """Σ of each row's codes, int32 [out]: what an activation's zero point is multiplied by."""
     return linear.codes().sum(1, dtype=torch.int32)
-
-
-# What a module keeps is found again by the function that made it: one for each dtype.
-_matrices = {dtype: partial(_prepare_kron, dtype) for dtype in HALF_NAMES}
-_heads_matrix = {dtype: partial(_prepare_heads, dtype) for dtype in HALF_NAMES}

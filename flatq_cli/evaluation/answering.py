@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Batch = int | Literal["auto"]
 Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
 
-_SLICE = 16
+_SLICE = 8
 """Batches in a slice: the model sorts and batches questions inside it, and a kill loses no more."""
 
 _AUTO_BATCH = {"cpu": 8, "cuda": 64}

@@ -20,6 +20,7 @@ from flatq_cli.cli.console import open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
 from flatq_cli.cli.evaluate import evaluate, merge, write_evaluation
+from flatq_cli.cli.gates import Gates, Junit, Markdown, read_gates
 from flatq_cli.cli.generate import generate
 from flatq_cli.cli.options import (
     AsJson,
@@ -176,6 +177,9 @@ def run(
     seqlen: Seqlen = 2048,
     limit: Limit = None,
     baseline: Baseline = None,
+    gates: Gates = [],  # noqa: B006
+    junit: Junit = None,
+    markdown: Markdown = None,
     json_file: JsonFile = None,
     batch: Batch = "1",
     num_fewshot: Fewshot = None,
@@ -193,6 +197,7 @@ def run(
     with command_errors(debug), open_progress(quiet) as progress:
         resolved = _resolve_recipe(model, recipe, overrides)
         check_writable(json_file)
+        limits = read_gates(gates, junit, markdown)
         from flatq_cli.evaluation.prompting import Prompting
         from flatq_cli.stages import calibrate as calibrate_stage
         from flatq_cli.stages import eval_request
@@ -214,6 +219,7 @@ def run(
             prompting=Prompting(num_fewshot),
             trust_remote_code=trust_remote_code,
             data_dir=data_dir,
+            gates=limits,
         )
         eval_request.check_request(request)
         opened = _open_or_create_run(model, recipe, resolved, path, trust_remote_code, progress)
@@ -226,7 +232,7 @@ def run(
             show_mapping(results)
         evaluated = evaluate_stage.evaluate(request, progress)
         export_stage.export(opened, format, None, progress)  # its model card gets the figures
-        write_evaluation(evaluated.to_json(), json_file)
+        write_evaluation(evaluated.to_json(), json_file, junit, markdown)
 
 
 app.command()(generate)

@@ -11,6 +11,7 @@ import typer
 from flatq_cli.cli.console import open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors
+from flatq_cli.cli.gates import Gates, Junit, Markdown, read_gates, report_gates
 from flatq_cli.cli.options import (
     Backend,
     Baseline,
@@ -50,6 +51,9 @@ def evaluate(
     seqlen: Seqlen = 2048,
     limit: Limit = None,
     baseline: Baseline = None,
+    gates: Gates = [],  # noqa: B006
+    junit: Junit = None,
+    markdown: Markdown = None,
     json_file: JsonFile = None,
     batch: Batch = "1",
     num_fewshot: Fewshot = None,
@@ -76,6 +80,7 @@ def evaluate(
     with command_errors(debug), open_progress(quiet) as progress:
         check_writable(json_file)
         check_writable(log_samples, "--log-samples")
+        limits = read_gates(gates, junit, markdown)
         from flatq_cli.evaluation.prompting import Prompting
         from flatq_cli.evaluation.shard import WHOLE, Shard
         from flatq_cli.stages import eval_request
@@ -100,12 +105,16 @@ def evaluate(
             cache=not no_cache,
             shard=WHOLE if shard is None else Shard.parse(shard),
             log_samples=log_samples,
+            gates=limits,
         )
-        write_evaluation(stage.evaluate(request, progress).to_json(), json_file)
+        write_evaluation(stage.evaluate(request, progress).to_json(), json_file, junit, markdown)
 
 
 def merge(
     shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="What `flatq eval --shard --json` wrote.")],
+    gates: Gates = [],  # noqa: B006
+    junit: Junit = None,
+    markdown: Markdown = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -113,14 +122,22 @@ def merge(
     """Join the shards of an evaluation: the figures of one run on one machine."""
     with command_errors(debug), open_progress(quiet) as progress:
         check_writable(json_file)
+        limits = read_gates(gates, junit, markdown)
         from flatq_cli.stages import merge as stage
 
-        write_evaluation(stage.merge(shards, progress).to_json(), json_file)
+        write_evaluation(stage.merge(shards, progress, limits).to_json(), json_file, junit, markdown)
 
 
-def write_evaluation(data: Mapping[str, Any], json_file: str | None) -> None:
-    """Write a result to the file that is asked for, and show it, unless stdout has it already."""
+def write_evaluation(
+    data: Mapping[str, Any], json_file: str | None, junit: Path | None = None, markdown: Path | None = None
+) -> None:
+    """Write a result to the files that are asked for, and show it, unless stdout has it already.
+
+    Raises:
+        GateError: one of its gates failed; everything is written and shown before.
+    """
     if json_file is not None:
         write_json(data, json_file)
     if json_file != "-":
         show_evaluation(data)
+    report_gates(data, junit, markdown)

@@ -124,6 +124,18 @@ def assign(
     return found
 
 
+def check_baseline(gates: Iterable[Gate]) -> None:
+    """Find a gate that needs a baseline, by its name alone, where there is none.
+
+    Raises:
+        UsageError: there is such a gate.
+    """
+    for gate in gates:
+        kind = gate.metric.partition(".")[0]
+        if gate.relative or gate.metric.endswith(DROP) or (kind in _OF_TEXTS and kind != "perplexity"):
+            raise UsageError(_no_baseline(gate, gate.metric))
+
+
 def _matching(gate: Gate, named: Mapping[str, Known], own: Collection[str], unknown: Collection[str]) -> list[str]:
     """The figures that a gate stands for: none only where each that fits its `*` has a gate of its own."""
     if "*" in gate.metric:
@@ -147,9 +159,7 @@ def _matching(gate: Gate, named: Mapping[str, Known], own: Collection[str], unkn
 
 def _check(gate: Gate, metric: str, figure: Known | None, baseline: bool) -> None:
     if (gate.relative or (figure is not None and figure.compares)) and not baseline:
-        raise UsageError(
-            f"{gate.where}: '{metric}' is compared with a baseline, and there is none: add --baseline TARGET"
-        )
+        raise UsageError(_no_baseline(gate, metric))
     if figure is None:
         return
     if gate.relative and figure.compares:
@@ -158,6 +168,10 @@ def _check(gate: Gate, metric: str, figure: Known | None, baseline: bool) -> Non
         side, right = ("more", "min") if figure.higher_is_better else ("less", "max")
         right += "_relative" if gate.relative else ""
         raise UsageError(f"{gate.where}: {side} of '{metric}' is better, so its limit is a {right}, not a {gate.bound}")
+
+
+def _no_baseline(gate: Gate, metric: str) -> str:
+    return f"{gate.where}: '{metric}' is compared with a baseline, and there is none: add --baseline TARGET"
 
 
 def _name(gate: Gate, metric: str) -> str:

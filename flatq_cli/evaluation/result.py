@@ -25,6 +25,7 @@ class EvalResult:
 
     Attributes:
         data: where the questions of tasks from a folder were read: `file`, `sha256`, `questions`.
+        gates: what became of each gate. comparison: how the figures differ from the baseline's; None without one.
         peak: the memory it took.
         evidence: what the figures are made of. shard: the part of the evaluation that this is.
         name: of the whole evaluation, as its file in a run is called.
@@ -38,6 +39,7 @@ class EvalResult:
     versions: dict[str, str]
     seconds: float
     gates: tuple[dict[str, Any], ...] = ()
+    comparison: dict[str, Any] | None = None
     baseline: EvalResult | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     peak: Peak = field(default_factory=Peak)
@@ -62,6 +64,7 @@ class EvalResult:
             },
             **({"harness": _harness(self.evidence.tasks)} if self.evidence.tasks else {}),
             **({"data": self.data} if self.data else {}),
+            **({} if self.comparison is None else {"comparison": self.comparison}),
             "gates": list(self.gates),
             "versions": self.versions,
             "seconds": self.seconds,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from flatq_cli.config.gate_files import Gate
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.prompting import Prompting
 from flatq_cli.evaluation.shard import WHOLE, Shard
@@ -34,6 +35,7 @@ class EvalRequest:
         backend: what an export computes through; None: `reference`, which defines its results.
         cache: whether answers are kept, and those that are kept taken.
         shard: the part of the windows and questions to take. log_samples: a file for every question, in JSON lines.
+        gates: limits on the figures (`config/gate_files.py`).
     """
 
     target: str
@@ -52,14 +54,15 @@ class EvalRequest:
     cache: bool = True
     shard: Shard = WHOLE
     log_samples: Path | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 def check_request(request: EvalRequest) -> None:
     """Find what is wrong with a request without opening a model: its numbers, and the questions in its `data_dir`.
 
     Raises:
-        UsageError: nothing to measure was asked for, a number makes no sense, an option has nothing to work on, or
-            `data_dir` lacks a task's questions.
+        UsageError: nothing to measure was asked for, a number makes no sense, an option has nothing to work on,
+            `data_dir` lacks a task's questions, or a gate needs what will not be measured.
     """
     from flatq_cli.evaluation.harness import local_questions
 
@@ -70,6 +73,7 @@ def check_request(request: EvalRequest) -> None:
         )
     _check_numbers(request)
     _check_tasks(request)
+    _check_gates(request)
     if request.data_dir is not None:
         local_questions(request.tasks, request.data_dir)
 
@@ -149,3 +153,18 @@ def _check_tasks(request: EvalRequest) -> None:
         raise UsageError("--num-fewshot: --data-dir has no examples beside the questions themselves; leave it out")
     if prompting.fewshot_as_multiturn is not None and not prompting.chat_template:
         raise UsageError("--no-fewshot-as-multiturn: turns are those of a chat; it needs --apply-chat-template")
+
+
+def _check_gates(request: EvalRequest) -> None:
+    """What can be said of gates before texts and tasks are opened: the whole, where only texts are asked for."""
+    from flatq_cli.evaluation.gate_metrics import assign, check_baseline, expected
+
+    if not request.gates:
+        return
+    if request.shard != WHOLE:
+        raise UsageError("--gates: a shard has a part of the figures; give the gates to `flatq eval merge`")
+    if request.baseline is None:
+        check_baseline(request.gates)
+    if not request.tasks and "auto" not in request.ppl:
+        texts = [Path(text).stem for text in request.ppl]
+        assign(request.gates, expected(texts, {}), baseline=request.baseline is not None)

@@ -6,7 +6,7 @@ logits of one window of each in memory. Tasks are asked of one model after the o
 
 What a model has answered is kept (`evaluation/answers.py`), in RUN/eval/answers.sqlite of a run: an evaluation that was
 killed goes on where it was. The result of a run is kept in RUN/eval/<name>.json, where the name says what was asked,
-with a .md beside it; that of a shard in RUN/eval/shards/<name>.json.
+with a .md beside it, and a .xml where it was judged by gates; that of a shard in RUN/eval/shards/<name>.json.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from flatq_cli.evaluation.evidence import Evidence, PairEvidence, WindowEvidence
 from flatq_cli.evaluation.result import EvalResult
 from flatq_cli.evaluation.shard import WHOLE, Shard
 from flatq_cli.stages.eval_request import EvalRequest, check_request, result_name
+from flatq_cli.stages.judge import check_gates, judge_result
 from flatq_cli.store import atomic
 from flatq_cli.store.memory import take_peak
 from flatq_cli.store.progress import Progress
@@ -58,10 +59,12 @@ class _Side:
 
 
 def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
-    """Measure the target of `request`, and its baseline if it has one; a run keeps the result.
+    """Measure the target of `request`, and its baseline if it has one, and judge it by its gates; a run keeps the
+    result. A gate that fails is in the result, and no error here.
 
     Raises:
-        UsageError: nothing to measure was asked for, or a target, text or task does not exist or cannot be had.
+        UsageError: nothing to measure was asked for, a target, text or task does not exist or cannot be had, or a gate
+            names what is not measured.
         WorkError: the harness failed, or the disk is full.
     """
     from flatq_cli.evaluation.harness import load_tasks
@@ -78,6 +81,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
         sides.append(_open_side(replace(request, target=request.baseline, backend=None), progress))
     if tasks is not None:
         contents |= {f"questions of {task}": questions.sha256 for task, questions in tasks.data.items()}
+    check_gates(request.gates, [text.name for text in texts], tasks, baseline=len(sides) == 2)
     name = result_name(request, [text.name for text in texts], contents)
     samples: list[str] = []
 
@@ -98,13 +102,18 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     if request.log_samples is not None:
         atomic.write_text(request.log_samples, "".join(samples))
     result = replace(results[0], baseline=results[1] if len(results) > 1 else None)
+    if request.shard == WHOLE:
+        result = judge_result(result, request.gates)
     if (Path(request.target) / "run.yaml").is_file():
         keep_result(Path(request.target), result, progress)
     return result
 
 
 def keep_result(run: Path, result: EvalResult, progress: Progress) -> None:
-    """Write a result into its run: RUN/eval/<name>.json and .md; that of a shard into RUN/eval/shards."""
+    """Write a result into its run: RUN/eval/<name>.json and .md, and .xml if it was judged by gates; that of a shard
+    into RUN/eval/shards.
+    """
+    from flatq_cli.evaluation.junit import junit_xml
     from flatq_cli.evaluation.tables import evaluation_markdown
 
     folder, name, data = run / FOLDER, result.name, result.to_json()
@@ -113,6 +122,10 @@ def keep_result(run: Path, result: EvalResult, progress: Progress) -> None:
     atomic.make_directory(folder)
     atomic.write_json(folder / f"{name}.json", data)
     atomic.write_text(folder / f"{name}.md", evaluation_markdown(data))
+    if result.gates:
+        atomic.write_text(folder / f"{name}.xml", junit_xml(data))
+    else:  # verdicts of an earlier time are not of these figures
+        (folder / f"{name}.xml").unlink(missing_ok=True)
     progress.log(f"written: {folder / name}.json")
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from flatq_cli.config.gate_files import Gate
 from flatq_cli.evaluation.merging import merge as join
 from flatq_cli.evaluation.result import EvalResult
 from flatq_cli.stages.evaluate import keep_result, log_broken
+from flatq_cli.stages.judge import judge_result
 from flatq_cli.store.progress import Progress
 
 
-def merge(files: Sequence[Path], progress: Progress) -> EvalResult:
-    """Join the results of shards; where the run that they measured is found, it keeps the whole.
+def merge(files: Sequence[Path], progress: Progress, gates: Sequence[Gate] = ()) -> EvalResult:
+    """Join the results of shards, and judge the whole by gates; where the run that they measured is found, it keeps it.
 
     Raises:
-        UsageError: files that are not the shards of one evaluation, all of them.
+        UsageError: files that are not the shards of one evaluation, all of them; a gate names what was not measured.
     """
-    result = join(files)
+    result = judge_result(join(files), gates)
     for side in (result, result.baseline):
         if side is not None:
             log_broken(side, progress)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import flatq_cli
 from flatq_cli.cli.app import app
+from flatq_cli.config.gate_files import load_gates
 from flatq_cli.config.recipe_files import load_recipe, recipe_from_mapping
 from flatq_cli.config.yaml_text import parse_yaml
 from flatq_cli.errors import GateError, UsageError, WorkError
@@ -249,7 +250,7 @@ def test_eval_passes_everything_that_was_asked(stages):
         "--seqlen", "512", "--limit", "8", "--baseline", "b/c", "--batch", "2", "--num-fewshot", "5", "--device", "cpu",
         "--data-dir", "mirror", "--backend", "cpu", "--apply-chat-template", "--system-instruction", "Be brief.",
         "--no-fewshot-as-multiturn", "--include-path", "mine", "--log-samples", "samples.jsonl", "--shard", "2/3",
-        "--no-cache",
+        "--no-cache", "--gates", "tasks",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert stages.calls[0][1][0] == {
@@ -257,6 +258,7 @@ def test_eval_passes_everything_that_was_asked(stages):
         "limit": 8, "baseline": "b/c", "batch": 2, "device": "cpu", "trust_remote_code": False,
         "prompting": Prompting(5, True, "Be brief.", False), "data_dir": Path("mirror"), "include_path": Path("mine"),
         "backend": "cpu", "cache": False, "shard": Shard(2, 3), "log_samples": Path("samples.jsonl"),
+        "gates": load_gates(["tasks"]),
     }  # fmt: skip
 
 

@@ -36,16 +36,19 @@ def plain_figures(values: Mapping[str, Any]) -> dict[str, float]:
     return {metric_name(*key.split(",", 1)): float(value) for key, value in numbers.items()}
 
 
-def aggregate(tasks: Mapping[str, TaskEvidence], groups: Mapping[str, GroupEvidence]) -> Figures:
+def aggregate(
+    tasks: Mapping[str, TaskEvidence], groups: Mapping[str, GroupEvidence], of_a_part: bool = False
+) -> Figures:
     """The figures of tasks, and of groups of them.
 
     Args:
-        tasks: all that `groups` name; every metric has the name of its aggregation (`undefined_aggregations`).
+        tasks: all that `groups` name; every metric has the name of its aggregation (`own_aggregations`).
+        of_a_part: leave out a figure that cannot be made: a part may hold too few questions for it.
     Returns:
         As `run_tasks`: for each task and group its metrics, `acc` and `acc_stderr`, or nothing where nothing was asked.
     """
     with quiet():
-        found = {name: _task_figures(evidence) for name, evidence in tasks.items()}
+        found = {name: _task_figures(evidence, of_a_part) for name, evidence in tasks.items()}
     for name, group in groups.items():
         found[name] = dict(_harness_group(name, group).aggregate(found))
     return {name: plain_figures(values) for name, values in found.items()}
@@ -74,20 +77,30 @@ def group_evidence(group: Group) -> GroupEvidence:
     return GroupEvidence(tuple(task.task_name for task in group.get_all_tasks()), metrics)
 
 
-def _task_figures(evidence: TaskEvidence) -> dict[str, Any]:
+def _task_figures(evidence: TaskEvidence, of_a_part: bool) -> dict[str, Any]:
     """A task's figures in the harness's own shape, for its groups."""
-    from lm_eval.api.metrics import stderr_for_metric
-
     figures: dict[str, Any] = {"sample_len": evidence.n}
     for name, by_question in {**evidence.values, **evidence.others}.items():
         items = [by_question[number] for number in sorted(by_question)]
-        function = _aggregation(evidence.aggregations.get(name))
+        try:
+            value, stderr = _figure(items, evidence.aggregations.get(name))
+        except Exception:  # whatever a metric's own code does with too little
+            if not of_a_part:
+                raise
+            continue
         metric, _, filter = name.partition(",")
-        filter = filter or _NO_FILTER
-        stderr = stderr_for_metric(metric=function, bootstrap_iters=BOOTSTRAP)
-        figures[f"{metric},{filter}"] = function(items)
-        figures[f"{metric}_stderr,{filter}"] = stderr(items) if stderr is not None and len(items) > 1 else "N/A"
+        figures[f"{metric},{filter or _NO_FILTER}"] = value
+        figures[f"{metric}_stderr,{filter or _NO_FILTER}"] = stderr
     return figures
+
+
+def _figure(items: Sequence[Any], aggregation: str | None) -> tuple[float, Any]:
+    """A metric's figure and its standard error, "N/A" where the harness has none."""
+    from lm_eval.api.metrics import stderr_for_metric
+
+    function = _aggregation(aggregation)
+    stderr = stderr_for_metric(metric=function, bootstrap_iters=BOOTSTRAP)
+    return function(items), stderr(items) if stderr is not None and len(items) > 1 else "N/A"
 
 
 def _aggregation(name: str | None) -> Callable[[Sequence[Any]], float]:

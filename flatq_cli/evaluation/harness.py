@@ -56,7 +56,7 @@ class TaskSet:
         """Every task by its name, those inside groups too."""
         found: dict[str, Task] = {}
         for item in self.tasks:
-            inside = item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+            inside = item.get_all_tasks() if _is_group(item) else [item]
             found.update({task.task_name: task for task in inside})
         return found
 
@@ -64,7 +64,7 @@ class TaskSet:
         """Every group by its name, those inside others before them."""
         found: dict[str, Group] = {}
         for item in self.tasks:
-            if hasattr(item, "get_all_groups"):
+            if _is_group(item):
                 found.update({group.name: group for group in reversed([item, *item.get_all_groups()])})
         return found
 
@@ -143,11 +143,20 @@ def _check_name(name: str, manager: TaskManager) -> None:
 
 
 def _check_distinct(tasks: Sequence[Task | Group]) -> None:
-    """Results are kept by name; two texts of one name would overwrite each other."""
-    names = [task.task_name for task in tasks if hasattr(task, "task_name")]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"--tasks: two tasks are called '{twice}'; leave one out, or give its text another file name")
+    """Results are kept by name: of two texts of one name, or a task alone and in a group, one would be lost."""
+    seen: set[str] = set()
+    for item in tasks:
+        inside = {task.task_name for task in item.get_all_tasks()} if _is_group(item) else {item.task_name}
+        if twice := sorted(seen & inside):
+            raise UsageError(
+                f"--tasks: two tasks are called '{twice[0]}'; leave one out (one may be in a group), "
+                "or give its text another file name"
+            )
+        seen |= inside
+
+
+def _is_group(item: Task | Group) -> bool:
+    return hasattr(item, "get_all_tasks")
 
 
 def _named_tasks(name: str, manager: TaskManager) -> list[Task | Group]:

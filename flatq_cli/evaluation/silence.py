@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -34,10 +35,13 @@ def quiet() -> Iterator[None]:
             # The bootstrap would fork the process, model and all, once for each core.
             mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}),
             contextlib.redirect_stdout(io.StringIO()),
+            # Metrics of scikit-learn warn of classes that no question has.
+            warnings.catch_warnings(),
             # It asks git, pip and nvidia-smi about the machine, aloud; flatq records versions itself.
             mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
             mock.patch("lm_eval.evaluator.add_env_info", return_value=None),
         ):
+            warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

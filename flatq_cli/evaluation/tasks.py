@@ -86,7 +86,7 @@ def run_tasks(
     }
     groups = {name: group_evidence(group) for name, group in tasks.groups().items()}
     if model.shard != WHOLE:
-        return TaskResults(aggregate(evidence, groups), evidence, groups)
+        return TaskResults(aggregate(evidence, groups, of_a_part=True), evidence, groups)
     figures = {name: plain_figures(values) for name, values in results["results"].items()}
     return TaskResults(figures, evidence, groups)
 

@@ -19,6 +19,14 @@ def answering(tiny: Any, batch: Any = 1, shard: Shard = WHOLE, answers: Answers 
     return AnsweringLM(lambda: tiny.model, tiny.tokenizer, answers, SilentProgress(), batch, shard)
 
 
-def ask(tasks: TaskSet, tiny: Any, batch: Any = 1, shard: Shard = WHOLE, **options: Any) -> TaskResults:
-    """What `run_tasks` gives; `options` are its own."""
-    return run_tasks(tasks, answering(tiny, batch, shard), **options)
+def ask(
+    tasks: TaskSet,
+    tiny: Any,
+    batch: Any = 1,
+    shard: Shard = WHOLE,
+    answers: Answers = NOT_KEPT,
+    lm: AnsweringLM | None = None,
+    **options: Any,
+) -> TaskResults:
+    """What `run_tasks` gives of a model (`lm`, or the tiny one); `options` are its own."""
+    return run_tasks(tasks, lm or answering(tiny, batch, shard, answers), **options)

@@ -17,20 +17,41 @@
 // A value's weight p · scale is rounded to fp16. The running maximum is of (score + exponent of the value's scale), so
 // the weights never exceed 2 and the largest lose nothing, however the scales differ; sums are in float32.
 //
+// With a mask, a lane reads one key's byte for a step, and the warp votes: each has the 32 keys of a query in a word.
+//
 // Macros: HEAD_DIM, a multiple of 16 up to 256; TYPE; ROW_TILES; TEAMS; STAGES; BLOCKS, of an SM at a time;
-// COPY_ZEROS, 1 if the capacity is a multiple of 4. The cache's codes of a head are aligned to 16 bytes.
+// COPY_ZEROS, 1 if the capacity is a multiple of 4; MASKED. The cache's codes of a head are aligned to 16 bytes.
 #include "kv_attention_products.cuh"
 
 // ---- A step of KEYS keys. ----
 
 // What a lane's two rows may see.
 struct Limits {
+    int query[2];
     int begin[2], end[2];
     int all_begin, all_end;  // what every row of the sequence sees
 };
 
+// A sequence's mask: a byte a key, 0 hides it, and a row of them for each of `queries`.
+struct Mask {
+    const u8* bytes;
+    int pitch, queries, end;
+};
+
+// Of the KEYS keys from `key` on, which the queries of a lane's two rows are shown, as bits.
+DEVICE void shown_keys(const Mask& mask, const Limits& limits, int key, int lane, u32 (&shown)[2]) {
+    const u8* byte = mask.bytes + key + lane;
+    const bool present = key + lane < mask.end;
+#pragma unroll 1
+    for (int i = 0; i < mask.queries; ++i, byte += mask.pitch) {
+        const u32 bits = ballot(present && load(byte) != 0);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) shown[half] = limits.query[half] == i ? bits : shown[half];
+    }
+}
+
 DEVICE void attend(const u8* stage, const u8* rows, const Query& query, int key, const Limits& limits,
-                   float score_scale, int lane, State& state) {
+                   const Mask& mask, float score_scale, int lane, State& state) {
     const int g = lane / 4, t = lane % 4;
     u32 zeros[SCORE_TILES];
 #pragma unroll
@@ -40,6 +61,8 @@ DEVICE void attend(const u8* stage, const u8* rows, const Query& query, int key,
     }
     Scores scores = {};
     add_scores<0>(stage, rows, query, zeros, lane, scores);
+    u32 shown[2] = {};
+    if constexpr (MASKED) shown_keys(mask, limits, key, lane, shown);
 
     float scales[2 * SCORE_TILES];
     auto load_scales = [&](int at) {
@@ -56,7 +79,9 @@ DEVICE void attend(const u8* stage, const u8* rows, const Query& query, int key,
         for (int i = 0; i < 4; ++i) {
             const int e = i % 2, half = i / 2, here = key + 8 * j + 4 * e + t;
             scores[j][i] *= scales[2 * j + e] * score_scale;
-            if (masked && (here < limits.begin[half] || here >= limits.end[half])) scores[j][i] = minus_infinity();
+            const bool hidden = MASKED && !(shown[half] >> (8 * j + 4 * e + t) & 1);
+            const bool outside = masked && (here < limits.begin[half] || here >= limits.end[half]);
+            if (hidden || outside) scores[j][i] = minus_infinity();
         }
     }
     load_scales(V_SCALES);
@@ -143,7 +168,8 @@ DEVICE void put_output(u16* out, const Part& part) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 kv_attention(const u16* query, const u8* k_codes, const float* k_scale, const u8* k_zero, const u8* v_codes,
              const float* v_scale, const u8* v_zero, const int* lengths, const int* first, u16* out, float* partial,
-             int* arrivals, int kv_heads, int group_rows, int q_len, int capacity, int window, float score_scale) {
+             int* arrivals, int kv_heads, int group_rows, int q_len, int capacity, int window, float score_scale,
+             const u8* mask_bytes, int mask_batch, int mask_query, int mask_keys) {
     FLATQ_SHARED(shared);
     const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
     const int team = warp / ROW_TILES, row_tile = warp % ROW_TILES;
@@ -156,7 +182,8 @@ kv_attention(const u16* query, const u8* k_codes, const float* k_scale, const u8
     constexpr int CHUNKS = HEAD_DIM / 4;  // of a row of sums
 
     // This block's span of the visible keys; spans are whole rounds of all teams, so short sequences take fewer blocks.
-    const Visible visible = visible_keys(lengths, first, batch, q_len, window, capacity);
+    const int most = MASKED && mask_keys < capacity ? mask_keys : capacity;
+    const Visible visible = visible_keys(lengths, first, batch, q_len, window, most);
     const int begin = visible.begin(0) & ~15, end = visible.end(q_len - 1);
     const int total = visible.begin(0) < end ? end - begin : 0;
     constexpr int ROUND = TEAMS * KEYS;
@@ -205,12 +232,14 @@ kv_attention(const u16* query, const u8* k_codes, const float* k_scale, const u8
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int i = (first_row + row_tile * 16 + lane / 4 + 8 * half) % q_len;
+        limits.query[half] = i;
         limits.begin[half] = visible.begin(i);
         limits.end[half] = visible.end(i);
     }
     limits.all_begin = visible.begin(q_len - 1);
     limits.all_end = visible.end(0);
 
+    const Mask mask = {mask_bytes + static_cast<long long>(batch) * mask_batch, mask_query, q_len, span_end};
     State state = {};
     state.top[0] = state.top[1] = minus_infinity();
     for (int step = 0, key = span_begin + team * KEYS; key < span_end; ++step, key += ROUND) {
@@ -221,7 +250,7 @@ kv_attention(const u16* query, const u8* k_codes, const float* k_scale, const u8
             named_sync(1 + team, TEAM);
         }  // the step's codes are here, and nobody reads the buffer that is filled next
         fetch(step + STAGES - 1);
-        attend(ring + step % STAGES * STAGE, tile_rows, fragments, key, limits, score_scale, lane, state);
+        attend(ring + step % STAGES * STAGE, tile_rows, fragments, key, limits, mask, score_scale, lane, state);
     }
     cp_async_wait<0>();
     block_sync();  // from here on the shared memory holds sums: [TEAMS][ROWS] rows, then their (top, total)

@@ -3,7 +3,7 @@
 // A block per query row. Its warps take every WARPS-th key each, the lanes share the columns (pairs l, l + 32, … are
 // lane l's), and each warp runs an online softmax; the warps' results are merged in shared memory.
 //
-// Macros: HEAD_DIM, even, up to 256; TYPE; BITS; WARPS.
+// Macros: HEAD_DIM, even, up to 256; TYPE; BITS; WARPS; MASKED.
 #include "kv_attention.cuh"
 
 constexpr int THREADS = WARPS * WARP;
@@ -31,7 +31,8 @@ DEVICE void load_numbers(const u8* codes, const float* scale, const u8* zero, lo
 extern "C" __global__ void __launch_bounds__(THREADS)
 kv_attention_plain(const u16* query, const u8* k_codes, const float* k_scale, const u8* k_zero, const u8* v_codes,
                    const float* v_scale, const u8* v_zero, const int* lengths, const int* first, u16* out, int kv_heads,
-                   int capacity, int window, float score_scale) {
+                   int capacity, int window, float score_scale, const u8* mask_bytes, int mask_batch, int mask_query,
+                   int mask_keys) {
     FLATQ_SHARED(shared);
     float* const sums = reinterpret_cast<float*>(shared);  // [WARPS][HEAD_DIM], then (top, total) of each warp
     float2* const tops = reinterpret_cast<float2*>(sums + WARPS * HEAD_DIM);
@@ -39,7 +40,9 @@ kv_attention_plain(const u16* query, const u8* k_codes, const float* k_scale, co
     const int q_len = gridDim.x, heads = gridDim.y, i = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
     const long long row = (static_cast<long long>(batch) * heads + head) * q_len + i;
     const long long cache = (static_cast<long long>(batch) * kv_heads + head / (heads / kv_heads)) * capacity;
-    const Visible visible = visible_keys(lengths, first, batch, q_len, window, capacity);
+    const int most = MASKED && mask_keys < capacity ? mask_keys : capacity;
+    const Visible visible = visible_keys(lengths, first, batch, q_len, window, most);
+    const u8* const shown = mask_bytes + static_cast<long long>(batch) * mask_batch + i * mask_query;
 
     float q[2 * STEPS], sum[2 * STEPS] = {}, top = minus_infinity(), total = 0.f;
 #pragma unroll
@@ -48,6 +51,7 @@ kv_attention_plain(const u16* query, const u8* k_codes, const float* k_scale, co
         q[k] = column < HEAD_DIM ? half_float(TYPE{}, load(query + row * HEAD_DIM + column)) : 0.f;
     }
     for (int key = visible.begin(i) + warp; key < visible.end(i); key += WARPS) {
+        if (MASKED && load(shown + key) == 0) continue;
         float y[2 * STEPS], score = 0.f;
         load_numbers(k_codes, k_scale, k_zero, cache + key, lane, y);
 #pragma unroll

@@ -162,6 +162,8 @@ template <class T>
 DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(FULL_WARP, value, lane);
 }
+// Bit i is lane i's vote.
+DEVICE u32 ballot(bool vote) { return __ballot_sync(FULL_WARP, vote); }
 
 // ---- Arithmetic. ----
 

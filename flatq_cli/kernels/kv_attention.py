@@ -2,7 +2,8 @@
 
 `kv_attention.cu` is flash-decoding on tensor cores: the visible keys of a sequence are cut into spans, one a block,
 that are merged by the block that finishes last. How many spans there may be is decided from sizes; how long they are,
-on the device from `lengths`. So nothing is read back to the host, and the op works in CUDA graphs.
+and what else is hidden, on the device from `lengths` and `mask`. So nothing is read back to the host, and the op works
+in CUDA graphs.
 `kv_attention_plain.cu` is for other sizes, 8-bit codes and older GPUs.
 """
 
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flatq_cli.kernels.cases import Case, Least
-from flatq_cli.kernels.device import Device, DeviceLimits, Kernel
+from flatq_cli.kernels.device import Argument, Device, DeviceLimits, Kernel
 from flatq_cli.kernels.kv_quant import HALF_NAMES, check_cache, check_devices, code_bits, dequantize_cache
 
 MAX_QUERY = 16
@@ -34,11 +36,13 @@ _RESERVED = 1024
 # ---- The definition. ----
 
 
-def visible_keys(lengths: Tensor, first: Tensor | None, window: int, q_len: int, capacity: int) -> Tensor:
+def visible_keys(
+    lengths: Tensor, first: Tensor | None, window: int, q_len: int, capacity: int, mask: Tensor | None = None
+) -> Tensor:
     """Which keys each query sees, bool `[batch, q_len, capacity]`.
 
     Query i of sequence b stands at position lengths[b] - q_len + i and sees the keys first[b] … its own position, of
-    those only the last `window` if `window` > 0.
+    those only the last `window` if `window` > 0, and of those what `mask`, bool `[batch, q_len, keys]`, shows it.
     """
     key = torch.arange(capacity, device=lengths.device)
     position = lengths.long().unsqueeze(1) - q_len + torch.arange(q_len, device=lengths.device)
@@ -47,6 +51,8 @@ def visible_keys(lengths: Tensor, first: Tensor | None, window: int, q_len: int,
         seen &= key > position.unsqueeze(-1) - window
     if first is not None:
         seen &= key >= first.view(-1, 1, 1)
+    if mask is not None:
+        seen &= pad(mask, (0, capacity - mask.shape[-1]))
     return seen
 
 
@@ -59,6 +65,7 @@ def attend_cache(
     first: Tensor | None = None,
     window: int = 0,
     dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What `kv_attention` does, in torch, computed in `dtype`: exact attention over the dequantized cache.
 
@@ -70,7 +77,7 @@ def attend_cache(
     batch, heads, q_len, head_dim = query.shape
     kv_heads, capacity = k[0].shape[1:3]
     grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, q_len, head_dim)
-    seen = visible_keys(lengths, first, window, q_len, capacity).view(batch, 1, 1, q_len, capacity)
+    seen = visible_keys(lengths, first, window, q_len, capacity, mask).view(batch, 1, 1, q_len, capacity)
     used = seen.view(batch, 1, q_len, capacity).any(2, keepdim=True).transpose(2, 3)
     keys, values = (dequantize_cache(*part, head_dim, dtype).where(used, 0).unsqueeze(2) for part in (k, v))
     scores = (grouped @ keys.mT * softmax_scale).masked_fill(~seen, -math.inf)
@@ -110,6 +117,7 @@ def plan_kv_attention(
     limits: DeviceLimits,
     codes_begin: int = 0,
     zeros_begin: int = 0,
+    masked: bool = False,
 ) -> AttentionPlan:
     """The kernel for `group_rows` query rows (heads / kv_heads · q_len) a KV head.
 
@@ -118,12 +126,13 @@ def plan_kv_attention(
     Args:
         codes_begin, zeros_begin: addresses of the cache's codes and zeros, or those of K and V or-ed: how they are
             aligned is all that counts. A cache that is a view may begin anywhere.
+        masked: there is a mask.
     """
     # Each head's codes begin at a multiple of 16 bytes.
     aligned = capacity * head_dim // 2 % 16 == 0 and codes_begin % 16 == 0
     if bits != 4 or limits.arch < 80 or head_dim % 16 or not aligned:
-        plain = (("HEAD_DIM", head_dim), ("TYPE", HALF_NAMES[dtype]), ("BITS", bits), ("WARPS", 4))
-        kernel = Kernel("kv_attention_plain.cu", "kv_attention_plain", plain)
+        common = (("HEAD_DIM", head_dim), ("TYPE", HALF_NAMES[dtype]), ("MASKED", int(masked)))
+        kernel = Kernel("kv_attention_plain.cu", "kv_attention_plain", (*common, ("BITS", bits), ("WARPS", 4)))
         return AttentionPlan(kernel, 1, 1, 1, 128, 4 * (head_dim * 4 + 8), False)
     most = 8 if head_dim <= 128 else 4  # row tiles whose sums find room in shared memory
     tiles = min(most, 1 << (-(-group_rows // 16) - 1).bit_length())
@@ -144,6 +153,7 @@ def plan_kv_attention(
         ("STAGES", stages),
         ("BLOCKS", blocks),
         ("COPY_ZEROS", int(capacity % 4 == 0 and zeros_begin % 4 == 0)),
+        ("MASKED", int(masked)),
     )
     kernel = Kernel("kv_attention.cu", "kv_attention", defines)
     return AttentionPlan(kernel, splits, row_groups, 16 * tiles, 32 * warps, shared_bytes, True)
@@ -176,6 +186,7 @@ def launch_kv_attention(
     softmax_scale: float,
     first: Tensor | None = None,
     window: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`kv_attention` on `device`, where the tensors live. `k`, `v`: (codes, scale, zero)."""
     batch, heads, q_len, head_dim = query.shape
@@ -191,13 +202,15 @@ def launch_kv_attention(
     bits, group_rows = code_bits(k[0], head_dim), heads // kv_heads * q_len
     codes_begin, zeros_begin = (k[i].data_ptr() | v[i].data_ptr() for i in (0, 2))
     plan = plan_kv_attention(
-        batch, kv_heads, group_rows, head_dim, capacity, bits, query.dtype, device.limits, codes_begin, zeros_begin
-    )
+        batch, kv_heads, group_rows, head_dim, capacity, bits, query.dtype, device.limits, codes_begin, zeros_begin,
+        mask is not None,
+    )  # fmt: skip
     score_scale = softmax_scale * math.log2(math.e)
     tensors = [query, *k, *v, lengths.contiguous(), None if first is None else first.contiguous(), out]
+    shown = _mask_arguments(mask)
     if not plan.fast:
         sizes: list[int | float] = [kv_heads, capacity, window, score_scale]
-        device.launch(plan.kernel, (q_len, heads, batch), plan.block, plan.shared_bytes, [*tensors, *sizes])
+        device.launch(plan.kernel, (q_len, heads, batch), plan.block, plan.shared_bytes, [*tensors, *sizes, *shown])
         return out
     groups = batch * kv_heads * plan.row_groups
     partial = arrivals = None
@@ -206,8 +219,17 @@ def launch_kv_attention(
         arrivals = query.new_zeros(groups, dtype=torch.int32)
     sizes = [kv_heads, group_rows, q_len, capacity, window, score_scale]
     grid = (plan.splits, kv_heads * plan.row_groups, batch)
-    device.launch(plan.kernel, grid, plan.block, plan.shared_bytes, [*tensors, partial, arrivals, *sizes])
+    device.launch(plan.kernel, grid, plan.block, plan.shared_bytes, [*tensors, partial, arrivals, *sizes, *shown])
     return out
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[Argument, ...]:
+    """The mask's bytes, its strides over sequences (0: they share a row) and queries, and its keys."""
+    if mask is None:
+        return None, 0, 0, 0
+    if mask.stride(2) != 1:
+        mask = mask.contiguous()
+    return mask, mask.stride(0), mask.stride(1), mask.shape[2]
 
 
 # ---- The op. ----
@@ -226,9 +248,10 @@ def _kv_attention_op(
     softmax_scale: float,
     first: Tensor | None,
     window: int,
+    mask: Tensor | None,
 ) -> Tensor:
     k, v = (k_codes, k_scale, k_zero), (v_codes, v_scale, v_zero)
-    return attend_cache(query, k, v, lengths, softmax_scale, first, window).to(query.dtype)
+    return attend_cache(query, k, v, lengths, softmax_scale, first, window, mask=mask).to(query.dtype)
 
 
 @_kv_attention_op.register_fake
@@ -244,6 +267,7 @@ def _(
     softmax_scale: float,
     first: Tensor | None,
     window: int,
+    mask: Tensor | None,
 ) -> Tensor:
     return query.new_empty(query.shape)
 
@@ -261,11 +285,12 @@ def _(
     softmax_scale: float,
     first: Tensor | None,
     window: int,
+    mask: Tensor | None,
 ) -> Tensor:
     from flatq_cli.kernels.cuda import cuda_device
 
     k, v = (k_codes, k_scale, k_zero), (v_codes, v_scale, v_zero)
-    return launch_kv_attention(cuda_device(query.device), query, k, v, lengths, softmax_scale, first, window)
+    return launch_kv_attention(cuda_device(query.device), query, k, v, lengths, softmax_scale, first, window, mask)
 
 
 def kv_attention(
@@ -281,6 +306,7 @@ def kv_attention(
     softmax_scale: float,
     first: Tensor | None = None,
     window: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last 1 to 16 positions of each sequence over its cache.
 
@@ -295,9 +321,11 @@ def kv_attention(
         softmax_scale: factor on the scores, usually head_dim ** -0.5.
         first: int32 `[batch]`, the first key of each sequence (left padding lies before it). None: 0.
         window: how many keys a query sees at most, its own included. 0: all.
+        mask: bool `[batch, q_len, keys]`, any strides, keys at most the capacity: of these, only where it is True; keys
+            behind it are hidden. One row for all sequences may be expanded. None: all.
     Returns:
         Like `query`, contiguous: query i of sequence b stands at position lengths[b] - q_len + i and sees the keys
-        first[b] … its position. A query that sees nothing gives 0.
+        first[b] … its position, as far as window and mask show them. A query that sees nothing gives 0.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     Source: flash-decoding (https://pytorch.org/blog/flash-decoding/).
@@ -328,12 +356,23 @@ def kv_attention(
             raise ValueError(f"{where}: {name} must be int32 [{batch}], is {tensor.dtype} {list(tensor.shape)}")
     if window < 0:
         raise ValueError(f"{where}: window must be 0 (all keys) or more, is {window}")
-    check_devices(where, query=query, k_codes=k_codes, k_scale=k_scale, k_zero=k_zero)
-    check_devices(where, query=query, v_codes=v_codes, v_scale=v_scale, v_zero=v_zero, lengths=lengths, first=first)
+    if mask is not None:
+        _check_mask(mask, batch, q_len, k_codes.shape[2])
+    check_devices(where, query=query, k_codes=k_codes, k_scale=k_scale, k_zero=k_zero, lengths=lengths, first=first)
+    check_devices(where, query=query, v_codes=v_codes, v_scale=v_scale, v_zero=v_zero, mask=mask)
     out: Tensor = _kv_attention_op(
-        query, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, softmax_scale, first, window
+        query, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, softmax_scale, first, window, mask
     )
     return out
+
+
+def _check_mask(mask: Tensor, batch: int, q_len: int, capacity: int) -> None:
+    fits = mask.dim() == 3 and mask.shape[:2] == (batch, q_len) and mask.shape[2] <= capacity
+    if not fits or mask.dtype != torch.bool:
+        raise ValueError(
+            f"kv_attention: mask must be bool [{batch}, {q_len}, keys], at most {capacity} keys, "
+            f"is {mask.dtype} {list(mask.shape)}"
+        )
 
 
 # ---- For the report. ----

@@ -4,6 +4,7 @@
 // (`meet_at_barrier`) or at its end. Whatever touches memory first says so (`access`), with the place in the source.
 #pragma once
 
+#include <cstdint>
 #include <utility>
 
 namespace emulator {
@@ -67,6 +68,12 @@ struct ShuffleArguments {
     int size, source;
 };
 void complete_shuffle(void* const* arguments);
+
+struct BallotArguments {
+    bool vote;
+    uint32_t votes;  // out
+};
+void complete_ballot(void* const* arguments);
 
 void complete_warp_sync(void* const* arguments);
 

@@ -166,6 +166,11 @@ DEVICE T shuffle_xor(T value, int mask, FLATQ_SITE) {
     emulator::meet("shuffle_xor", site, &arguments, emulator::complete_shuffle);
     return value;
 }
+DEVICE u32 ballot(bool vote, FLATQ_SITE) {
+    emulator::BallotArguments arguments{vote, 0};
+    emulator::meet("ballot", site, &arguments, emulator::complete_ballot);
+    return arguments.votes;
+}
 
 // ---- Arithmetic. ----
 

@@ -16,6 +16,13 @@ void complete_shuffle(void* const* arguments) {
     for (int lane = 0; lane < LANES; ++lane) memcpy(lanes[lane]->value, values[lanes[lane]->source], size);
 }
 
+void complete_ballot(void* const* arguments) {
+    auto lanes = reinterpret_cast<BallotArguments* const*>(arguments);
+    uint32_t votes = 0;
+    for (int lane = 0; lane < LANES; ++lane) votes |= static_cast<uint32_t>(lanes[lane]->vote) << lane;
+    for (int lane = 0; lane < LANES; ++lane) lanes[lane]->votes = votes;
+}
+
 // PTX ISA, "ldmatrix": lanes 8m … 8m+7 point to the rows of matrix m. Of each matrix, lane l gets two 16-bit elements:
 // in row l/4 the columns 2·(l mod 4) and the next; or, transposed, in column l/4 the rows 2·(l mod 4) and the next.
 void complete_ldmatrix(void* const* arguments) {

@@ -122,6 +122,14 @@ def test_shuffles_carry_values_in_every_order_of_lanes(lanes):
     assert y[4].isnan().all()
 
 
+@pytest.mark.parametrize("lanes", ORDERS)
+def test_a_ballot_tells_every_lane_of_all_votes(lanes):
+    x, y = torch.randn(32), torch.zeros(32, dtype=torch.int32)
+    run("collectives.cu", "ballots", x, y, on=device(lanes=lanes))
+    votes = sum(1 << lane for lane in range(32) if x[lane] > 0)
+    assert {value & 0xFFFFFFFF for value in y.tolist()} == {votes}
+
+
 # ---- Numbers. ----
 
 TYPES = [(0, torch.float16), (1, torch.bfloat16)]

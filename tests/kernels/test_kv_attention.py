@@ -38,18 +38,26 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def spoil_unseen(parts, lengths, first, window, q_len):
+def spoil_unseen(parts, lengths, first, window, q_len, mask):
     """NaN scales in every row that no query sees: what a cache holds there must not matter."""
-    seen = visible_keys(lengths, first, window, q_len, parts[0].shape[2]).any(1)
+    seen = visible_keys(lengths, first, window, q_len, parts[0].shape[2], mask).any(1)
     codes, scale, zero = parts
     return codes, scale.masked_fill(~seen.unsqueeze(1), math.nan), zero
 
 
-def check(device, query, k, v, lengths, first=None, window=0):
+def random_mask(batch, q_len, keys, seed=5):
+    """Holes everywhere, and whole steps of the kernel that nobody sees."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, q_len, keys, generator=generator) < 0.6
+    mask[:, :, 40:110] = False
+    return mask
+
+
+def check(device, query, k, v, lengths, first=None, window=0, mask=None):
     scale = query.shape[-1] ** -0.5
-    k, v = (spoil_unseen(part, lengths, first, window, query.shape[2]) for part in (k, v))
-    ours = launch_kv_attention(device, query, k, v, lengths, scale, first, window).double()
-    exact = attend_cache(query, k, v, lengths, scale, first, window, torch.float64)
+    k, v = (spoil_unseen(part, lengths, first, window, query.shape[2], mask) for part in (k, v))
+    ours = launch_kv_attention(device, query, k, v, lengths, scale, first, window, mask).double()
+    exact = attend_cache(query, k, v, lengths, scale, first, window, torch.float64, mask)
     error, norm = (ours - exact).norm(dim=-1), exact.norm(dim=-1)
     assert ours.isfinite().all()
     assert (error <= TOLERANCE[query.dtype] * norm).all(), (error / norm).max()
@@ -77,6 +85,32 @@ def test_attention_is_exact_to_its_roundings(head_dim, group, q_len, window, dty
     query = random_query(5, 2 * group, q_len, head_dim, dtype)
     k, v = random_cache(5, 2, capacity, head_dim, seed=1), random_cache(5, 2, capacity, head_dim, seed=2)
     check(EmulatedDevice(multiprocessors=40), query, k, v, lengths, first, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "q_len", "window"),
+    [(64, 1, 1, 0), (64, 7, 1, 0), (80, 3, 5, 90), (128, 4, 1, 0), (128, 4, 16, 0), (256, 4, 3, 0)],
+)
+def test_any_mask_hides_what_it_hides(head_dim, group, q_len, window, dtype):
+    """Of a cache with more rows than the mask has keys, in spans that blocks merge."""
+    lengths, first = ints(204, 1, 0, 3, 150), ints(0, 0, 0, 0, 37)
+    query = random_query(5, 2 * group, q_len, head_dim, dtype)
+    k, v = random_cache(5, 2, 208, head_dim, seed=1), random_cache(5, 2, 208, head_dim, seed=2)
+    device = EmulatedDevice(multiprocessors=40)
+    check(device, query, k, v, lengths, first, window, random_mask(5, q_len, 204))
+    check(
+        device, query, k, v, ints(204, 190, 204, 204, 150), None, window, random_mask(1, q_len, 190).expand(5, -1, -1)
+    )
+
+
+def test_a_mask_may_have_any_strides():
+    query = random_query(2, 4, 3, 64, torch.float16)
+    k, v = random_cache(2, 2, 64, 64, seed=1), random_cache(2, 2, 64, 64, seed=2)
+    mask = random_mask(2, 3, 130)
+    for view in (mask[:, :, 7:60], mask.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 1:40]):
+        assert not view.is_contiguous()
+        check(EmulatedDevice(), query, k, v, ints(60, 33), mask=view)
 
 
 @pytest.mark.parametrize("arch", [80, 89])
@@ -119,7 +153,9 @@ def test_the_plain_kernel_takes_what_the_fast_one_does_not(arch, head_dim, bits)
     device = EmulatedDevice(arch=arch)
     assert not plan_kv_attention(2, 2, 6, head_dim, 41, bits, torch.float16, device.limits).fast
     k, v = random_cache(3, 2, 41, head_dim, bits), random_cache(3, 2, 41, head_dim, bits, seed=1)
-    check(device, random_query(3, 6, 2, head_dim, torch.float16), k, v, ints(41, 0, 20), ints(3, 0, 0), 9)
+    query = random_query(3, 6, 2, head_dim, torch.float16)
+    check(device, query, k, v, ints(41, 0, 20), ints(3, 0, 0), 9)
+    check(device, query, k, v, ints(41, 0, 20), mask=random_mask(3, 2, 39))
 
 
 def test_weights_neither_overflow_nor_vanish_when_value_scales_differ_wildly():
@@ -154,6 +190,8 @@ def test_sanitizers_find_no_fault():
     device = EmulatedDevice(sanitize=True)
     for query in (random_query(2, 2, 1, 80, torch.float16), random_query(2, 5, 4, 80, torch.bfloat16)):
         launch_kv_attention(device, query, k, v, ints(638, 45), 0.1)
+        mask = random_mask(2, query.shape[2], 630)
+        launch_kv_attention(device, query, k, v, ints(638, 45), 0.1, mask=mask)
 
 
 @pytest.mark.parametrize("barrier", ["            warp_sync();\n", "    block_sync();  // from here on"])
@@ -182,10 +220,11 @@ def test_fast_kernels_compile_without_spills(arch):
         (256, 4, torch.float16),
         (256, 64, torch.bfloat16),
     ):
-        plan = plan_kv_attention(1, 8, rows, head_dim, 4096, 4, dtype, LIMITS[arch])
-        compiled = compile_kernel(plan.kernel, arch)
-        assert plan.fast
-        assert (compiled.spill_bytes, compiled.stack_bytes) == (0, 0), (head_dim, rows, dtype, compiled.log)
+        for masked in (False, True):
+            plan = plan_kv_attention(1, 8, rows, head_dim, 4096, 4, dtype, LIMITS[arch], masked=masked)
+            compiled = compile_kernel(plan.kernel, arch)
+            assert plan.fast
+            assert (compiled.spill_bytes, compiled.stack_bytes) == (0, 0), (head_dim, rows, dtype, masked, compiled.log)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -199,6 +238,17 @@ def test_the_cache_is_read_once_without_bank_conflicts(head_dim):
     assert read <= 1.05 * keys * (head_dim + 10) / 32 + rows * head_dim * 2 / 32
     assert device.counters.wavefronts <= 1.15 * device.counters.wavefronts_min
     assert device.counters.mma == 2 * 2 * keys * head_dim / 128
+
+
+def test_a_mask_costs_a_sector_for_each_query_and_step():
+    device = EmulatedDevice(multiprocessors=1, races=False)
+    k, v = random_cache(1, 1, 1024, 128), random_cache(1, 1, 1024, 128, seed=1)
+    query, read = random_query(1, 4, 2, 128, torch.float16), []
+    for mask in (None, torch.ones(1, 2, 1024, dtype=torch.bool)):
+        device.reset()
+        launch_kv_attention(device, query, k, v, ints(1024), 0.1, mask=mask)
+        read.append(device.counters.sectors_read)
+    assert read[1] - read[0] == 2 * 1024 / 32
 
 
 def test_only_visible_keys_are_read():
@@ -230,7 +280,9 @@ def test_the_op_passes_opcheck_and_compiles():
         random_cache(1, 1, 20, 64, seed=1),
         random_query(1, 2, 3, 64, torch.float16),
     )
-    torch.library.opcheck(torch.ops.flatq.kv_attention.default, (query, *k, *v, ints(20), 0.1, ints(2), 5))
+    mask = random_mask(1, 3, 17)
+    for last in ((ints(2), 5, None), (None, 0, mask)):
+        torch.library.opcheck(torch.ops.flatq.kv_attention.default, (query, *k, *v, ints(20), 0.1, *last))
 
     def attend(query):
         return kv_attention(query, *k, *v, ints(20), softmax_scale=0.1, window=7) * 2
@@ -259,6 +311,9 @@ def test_splits_fill_the_chip_once_and_never_depend_on_lengths():
         ({"first": ints(0, 0)}, r"first must be int32 \[1\]"),
         ({"window": -1}, "window must be 0"),
         ({"v_scale": torch.zeros(1, 2, 9)}, "scale must be torch.float32"),
+        ({"mask": torch.zeros(1, 1, 8)}, r"mask must be bool \[1, 1, keys\], at most 8 keys, is torch.float32"),
+        ({"mask": torch.zeros(1, 1, 9, dtype=torch.bool)}, r"at most 8 keys, is torch.bool \[1, 1, 9\]"),
+        ({"mask": torch.zeros(1, 8, dtype=torch.bool)}, r"is torch.bool \[1, 8\]"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):

@@ -56,6 +56,12 @@ extern "C" __global__ void matrices(const uint4* matrices, u32* d) {
         for (int r = 0; r < 4; ++r) store(d + (i * WARP + lane) * 4 + r, x[i][r]);
 }
 
+// x [32] -> y [32]: which lanes' x are positive, as each lane knows it.
+extern "C" __global__ void ballots(const float* x, u32* y) {
+    const int lane = threadIdx.x;
+    store(y + lane, ballot(load(x + lane) > 0.f));
+}
+
 // x [32] -> y [5, 32]: xor 5, lane 3 + 7, from the next lane, sum, maximum.
 extern "C" __global__ void shuffles(const float* x, float* y) {
     const int lane = threadIdx.x;

@@ -2,7 +2,7 @@
 
     site                      the codes of an activation, made once and shared by the linears that read it
     store                     keys and values into the packed cache
-    linear, codes             y = (codes · weight codesᵀ) · scale · weight scale + bias; oneDNN (AMX, VNNI) with int8,
+    linear, codes             y = (codes · weight codesᵀ) · scale · weight scale + bias; oneDNN (AMX, VNNI) with bytes,
                               the sum exact in int32
     linear, a few bfloat16    y = (x · weight codesᵀ) · weight scale + bias; the kernel for int4 weights: decoding is
     rows, 4-bit weights       reading weights, and here a weight is half a byte
@@ -157,15 +157,23 @@ def _kernels_fail() -> str | None:
     """Why torch's integer kernels do not multiply here; None: they do. They are no public API: so they are tried."""
     a = torch.arange(-64, 64, dtype=torch.int8).reshape(4, 32)
     w = torch.arange(-256, 256).remainder(16).sub(8).to(torch.int8).reshape(16, 32)
-    expected = a.float() @ w.float().T
     try:
-        by_int8 = _int8_product(a, _OPS.onednn.qlinear_prepack(w, None), torch.ones(16))
         by_int4 = _int4_product(a.bfloat16(), Int4Weight(w, None))
+        exact = torch.equal(by_int4, (a.float() @ w.float().T).bfloat16()) and int8_is_exact(8)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         return f"this torch ({torch.__version__}) does not multiply integers on this CPU: {str(error).splitlines()[0]}"
-    if torch.equal(by_int8, expected) and torch.equal(by_int4, expected.bfloat16()):
-        return None
-    return f"this torch ({torch.__version__}) multiplies integers wrongly on this CPU"
+    return None if exact else f"this torch ({torch.__version__}) multiplies integers wrongly on this CPU"
+
+
+@cache
+def int8_is_exact(largest: int) -> bool:
+    """Whether products of bytes with weights up to ±`largest` are summed exactly. A CPU without VNNI adds two of them in
+    16 bits, where those of 8-bit weights do not fit.
+    """
+    a = torch.tensor([-128, 127], dtype=torch.int8)[:, None].expand(2, 32).contiguous()
+    w = torch.tensor([-largest, min(largest, 127)]).to(torch.int8).repeat(8)[:, None].expand(16, 32).contiguous()
+    product = _int8_product(a, _OPS.onednn.qlinear_prepack(w, None), torch.ones(16))
+    return torch.equal(product, a.float() @ w.float().T)
 
 
 # ---- Activations. ----
@@ -263,6 +271,8 @@ class Weights:
         whole_rows = linear.weight_scale.shape[1] == 1
         self.scale, self.bias = linear.weight_scale.flatten(), linear.bias
         self.int8_fits = whole_rows and fits_int8(linear.bits, linear.symmetric)
+        if self.int8_fits:
+            self.int8_fits = int8_is_exact(2 ** (linear.bits - 1) if linear.symmetric else 2**linear.bits - 1)
         odd = linear.in_features % 32 or linear.out_features % 16
         self.int4_fits = whole_rows and linear.bits <= 4 and not odd
 
@@ -320,10 +330,12 @@ def _int8_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if rows == 1:
         # oneDNN takes a hundred times as long for one row by some widths (192) as for two.
         codes = codes.repeat(2, 1)
+    # As code + 128, unsigned: VNNI multiplies those, and without AMX signed ones go a thousand times slower way.
+    unsigned, offset = codes.view(torch.uint8).bitwise_xor(128), 128
     no_zeros, no_bias = _zeros(scale.shape[0]), None
     after: tuple[Any, ...] = ("none", [], "")
     product: Tensor = _OPS.onednn.qlinear_pointwise(
-        codes, 1.0, 0, weight, scale, no_zeros, no_bias, 1.0, 0, torch.float32, *after
+        unsigned, 1.0, offset, weight, scale, no_zeros, no_bias, 1.0, 0, torch.float32, *after
     )
     return product[:rows]
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -294,3 +297,22 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(directory: 
     reference = float((model(tiny_tokens()).logits - exact).square().mean())
     set_backend(model, "cpu")
     assert float((model(tiny_tokens()).logits - exact).square().mean()) < 2 * reference
+
+
+def test_products_are_exact_on_a_cpu_without_vnni():
+    """There oneDNN adds pairs of products in 16 bits, in which those of 8-bit weights do not fit."""
+    code = """
+import torch
+from flatq_cli.runtime.backends import BACKENDS, QuantizedActivation
+from tests.runtime.test_linear import rounded_linear
+assert BACKENDS["cpu"].why_not() is None
+for bits in (4, 8):
+    linear, plain = rounded_linear(bits, 0, True, False)
+    codes = torch.full((9, linear.in_features), 127, dtype=torch.int8)
+    x = QuantizedActivation(codes, torch.ones(9, 1), None, codes.shape, torch.float32, 8, None)
+    exact = codes.double() @ plain.weight.double().T
+    torch.testing.assert_close(BACKENDS["cpu"].linear(linear, x).double(), exact, rtol=1e-4, atol=1e-3)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

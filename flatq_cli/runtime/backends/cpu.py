@@ -167,8 +167,8 @@ def _kernels_fail() -> str | None:
 
 @cache
 def int8_is_exact(largest: int) -> bool:
-    """Whether products of bytes with weights up to ±`largest` are summed exactly. A CPU without VNNI adds two of them in
-    16 bits, where those of 8-bit weights do not fit.
+    """Whether products of bytes with weights up to ±`largest` are summed exactly. A CPU without VNNI adds two of them
+    in 16 bits, where those of 8-bit weights do not fit.
     """
     a = torch.tensor([-128, 127], dtype=torch.int8)[:, None].expand(2, 32).contiguous()
     w = torch.tensor([-largest, min(largest, 127)]).to(torch.int8).repeat(8)[:, None].expand(16, 32).contiguous()
@@ -270,9 +270,8 @@ class Weights:
         self._kept: dict[Any, Any] = {}
         whole_rows = linear.weight_scale.shape[1] == 1
         self.scale, self.bias = linear.weight_scale.flatten(), linear.bias
-        self.int8_fits = whole_rows and fits_int8(linear.bits, linear.symmetric)
-        if self.int8_fits:
-            self.int8_fits = int8_is_exact(2 ** (linear.bits - 1) if linear.symmetric else 2**linear.bits - 1)
+        largest = 2 ** (linear.bits - 1) if linear.symmetric else 2**linear.bits - 1
+        self.int8_fits = whole_rows and fits_int8(linear.bits, linear.symmetric) and int8_is_exact(largest)
         odd = linear.in_features % 32 or linear.out_features % 16
         self.int4_fits = whole_rows and linear.bits <= 4 and not odd
 

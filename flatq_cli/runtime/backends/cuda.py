@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,21 +120,46 @@ class Cuda(Backend):
         fits = keys.bits in CACHE_BITS and values.bits == keys.bits and query.dtype in HALF_NAMES
         if not fits or tokens > MAX_QUERY or head_dim % 2 or head_dim > GREATEST_HEAD:
             return None
-        if keys.lengths is not None:
-            return None
         if keys.zero is None or values.zero is None or (keys.start, keys.end) != (values.start, values.end):
             return None
-        hidden = _hidden_before(mask, batch, tokens, keys.end - keys.start, query.device)
-        if hidden is None:
+        seen = _seen_by_kernel(keys, mask, batch, tokens, query.device)
+        if seen is None:
             return None
         return kv_attention(
             query,
             *(keys.codes, keys.scale, keys.zero),
             *(values.codes, values.scale, values.zero),
-            torch.full((batch,), keys.end, dtype=torch.int32, device=query.device),
+            seen.lengths,
             softmax_scale=1 / math.sqrt(head_dim) if scaling is None else scaling,
-            first=hidden + keys.start,
+            first=seen.first,
+            mask=seen.mask,
         )
+
+
+class _Seen(NamedTuple):
+    """Which rows of a cache are attended to, as `kv_attention` takes it."""
+
+    lengths: Tensor
+    first: Tensor | None
+    mask: Tensor | None
+
+
+def _seen_by_kernel(
+    states: PackedStates, mask: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> _Seen | None:
+    """What the kernel is told for sdpa's `mask`; None: it is one that the kernel does not take.
+
+    Where the host knows the rows, the mask is looked at, and its left padding is not even read. Where only the device
+    does, nothing is: the kernel takes the mask as it is.
+    """
+    if states.lengths is not None:
+        fits = mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
+        return _Seen(states.lengths, None, mask[:, 0].expand(batch, -1, -1)) if fits and mask is not None else None
+    hidden = _hidden_before(mask, batch, tokens, states.end - states.start, device)
+    if hidden is None:
+        return None
+    lengths = torch.full((batch,), states.end, dtype=torch.int32, device=device)
+    return _Seen(lengths, hidden + states.start, None)
 
 
 class _FusedNorm:

@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from flatq_cli.kernels.device import Kernel
 from flatq_cli.kernels.gemm import launch_w4_gemm
 from flatq_cli.kernels.kron_quant import launch_kron_quant
 from flatq_cli.kernels.kv_attention import launch_kv_attention
@@ -25,6 +28,7 @@ from flatq_cli.stages.export import export
 from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
 from tests.cuda_emulator.device import EmulatedDevice
+from tests.runtime.test_static_cache import NothingRead
 from tests.tiny import FAMILIES, calibrated_run, fused_run, tiny_model_dir, tiny_recipe, tiny_tokens
 
 # At 4 bits a rounding at another place makes another code, and a tiny random model then says something else: two 16-bit
@@ -68,9 +72,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> EmulatedDe
 
         return gemm
 
-    def attend(query: Any, *tensors: Any, softmax_scale: float, first: Any) -> Any:
+    def attend(query: Any, *tensors: Any, softmax_scale: float, first: Any, mask: Any) -> Any:
         calls["kv_attention"] += 1
-        return launch_kv_attention(device, query, tensors[:3], tensors[3:6], tensors[6], softmax_scale, first)
+        k, v, lengths = tensors[:3], tensors[3:6], tensors[6]
+        return launch_kv_attention(device, query, k, v, lengths, softmax_scale, first, mask=mask)
 
     def counted(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*arguments: Any, **options: Any) -> Any:
@@ -258,6 +263,141 @@ def test_decoding_on_the_emulator_stays_close_to_reference(eight: Path, emulated
             for model, cache in zip(models, caches, strict=True)
         )
         assert close(found, wanted, 0.1)
+
+
+# ---- A static cache: decode steps that are captured or compiled. ----
+
+
+def static_cache(model: PreTrainedModel, room: int = 24) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=room)
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel, cache: Cache, forward: Any = None, tokens: int = 4, **inputs: Any) -> list[Any]:
+    """Logits of a prompt through the model and of further tokens through `forward`, all given."""
+    ids, forward = tiny_tokens(2, PROMPT + tokens), forward or model
+    found = [model(ids[:, :PROMPT], cache=cache, use_cache=True, **inputs).logits]
+    for at in range(PROMPT, PROMPT + tokens):
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        found.append(forward(input_ids=ids[:, at : at + 1], cache=cache, use_cache=True, **inputs).logits)
+    return found
+
+
+PADDINGS = {
+    "none": None,
+    "left": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * PROMPT]),
+    "holes": torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1] * PROMPT]),
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_static_cache_goes_through_the_kernels_whatever_the_mask(padding: str, eight: Path, calls: Counter[str]):
+    mask = PADDINGS[padding]
+    inputs = {} if mask is None else {"attention_mask": mask}
+    cuda_model, reference = loaded(eight, "cuda"), loaded(eight, "reference")
+    found = decoded(cuda_model, static_cache(cuda_model), **inputs)
+    # The prompt and each token, in each block; a mask of the prompt too, which the growing cache's path would refuse.
+    assert calls["kv_attention"] == BLOCKS * 5
+    assert calls["kv_quant_"] == 2 * BLOCKS * 5
+    wanted = decoded(reference, static_cache(reference), **inputs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        seen = slice(2 if padding == "left" and ours.shape[1] > 1 else 0, None)
+        assert close(ours[:, seen].float(), theirs[:, seen].float(), 0.1)
+
+
+def test_static_and_growing_caches_give_the_same_tokens_on_the_emulator(llama: Path, emulated: EmulatedDevice):
+    model = loaded(llama, "cuda")
+    assert generated(model, cache=static_cache(model)) == generated(model, cache=DynamicCache(config=model.config))
+
+
+class Launch(NamedTuple):
+    """What a CUDA graph records of a launch, but for where activations lie: a captured graph has memory of its own."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: int
+    shared_bytes: int
+    arguments: tuple[Any, ...]
+
+
+def recorded(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, kept: set[int]) -> list[Launch]:
+    """The launches from now on; of a tensor its sizes, and its address if it is `kept` from step to step."""
+    launches: list[Launch] = []
+    launch = device.launch
+
+    def argument(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        address = value.data_ptr()
+        return value.shape, value.stride(), value.dtype, address if address in kept else None
+
+    def recording(kernel: Kernel, grid: Any, block: int, shared_bytes: int, arguments: Any) -> None:
+        launches.append(Launch(kernel, grid, block, shared_bytes, tuple(map(argument, arguments))))
+        launch(kernel, grid, block, shared_bytes, arguments)
+
+    monkeypatch.setattr(device, "launch", recording)
+    return launches
+
+
+@torch.no_grad()
+def test_every_decode_step_launches_the_same_on_the_same_memory(
+    llama: Path, emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+):
+    model = loaded(llama, "cuda")
+    cache, ids = static_cache(model), tiny_tokens(2, PROMPT + 3)
+    model(ids[:, :PROMPT], cache=cache, use_cache=True)
+    owned = [*model.parameters(), *model.buffers()]
+    for layer in cache.layers:
+        owned += [*layer.key_rows.parts, *layer.value_rows.parts, layer.lengths]
+    kept = {tensor.data_ptr() for tensor in owned}
+    launches = recorded(emulated, monkeypatch, kept)
+    steps = []
+    for at in range(PROMPT, PROMPT + 3):
+        model(ids[:, at : at + 1], cache=cache, use_cache=True)
+        steps.append(list(launches))
+        launches.clear()
+    assert len(steps[0]) == (4 + 7 + 2 + 1) * BLOCKS
+    assert steps[0] == steps[1] == steps[2]
+    found = {argument[3] for launch in steps[0] for argument in launch.arguments if isinstance(argument, tuple)}
+    for layer in cache.layers:
+        parts = (*layer.key_rows.parts, *layer.value_rows.parts, layer.lengths)
+        assert {part.data_ptr() for part in parts} <= found
+        assert layer.lengths.tolist() == [PROMPT + 3] * 2
+
+
+def test_a_decode_step_reads_nothing_back_from_the_device(llama: Path, calls: Counter[str]):
+    model = loaded(llama, "cuda")
+    cache = static_cache(model)
+    decoded(model, cache, tokens=0)
+    with torch.no_grad(), NothingRead():
+        model(tiny_tokens(2, 1), cache=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_is_one_graph_of_kernels_and_gives_the_same(
+    backend: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cuda.Cuda, "why_not", lambda *_: None)
+    model = loaded(llama, "cuda")
+    expected = decoded(model, static_cache(model))
+    called: Counter[str] = Counter()
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph if backend == "eager" else lookup_backend(backend)(graph, inputs)
+
+    torch._dynamo.reset()
+    counters.clear()
+    found = decoded(model, static_cache(model), torch.compile(model.forward, backend=compiler, fullgraph=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    ops = {name.split(".")[1]: count for name, count in called.items() if name.startswith("flatq.")}
+    wanted = {"kron_quant": 4, "w4a4_gemm": 7, "kv_quant_": 2, "kv_attention": 1}
+    assert ops == {name: count * BLOCKS for name, count in wanted.items()}
+    # What is prepared for the kernels is made before, and not in every step.
+    assert not any("permute" in name for name in called)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

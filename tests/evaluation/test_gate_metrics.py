@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset
+from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
 from flatq_cli.config.gate_files import Gate
@@ -90,10 +91,13 @@ def test_the_harnesss_tasks_say_what_they_will_measure():
     data = {"custom_dataset": lambda **_: {"test": questions}}
     plain = manager.load([{**config, **data, "task": "plain"}])["tasks"]["plain"]
     filtered = manager.load([{**config, **data, "task": "filtered", "filter_list": filters}])["tasks"]["filtered"]
-    assert task_metrics([plain, filtered]) == (
+    inner, outer = Group("inner"), Group("outer")
+    inner.add(filtered)
+    outer.add(inner)
+    assert task_metrics([plain, outer]) == (
         {
             "plain": {"perplexity": False, "acc": True},
             "filtered": {"perplexity,first": False, "acc,first": True},
         },
-        set(),
+        {"inner", "outer"},
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from scipy import stats
 
 from flatq_cli.config.gate_files import Bound, Gate
 from flatq_cli.evaluation.figures import Change, Figure, Guessing
@@ -202,6 +203,17 @@ def test_an_entry_of_the_result_has_its_keys_and_is_json():
     ]  # fmt: skip
     assert (entry["low"], entry["high"], entry["verdict"], entry["passed"]) == (0.0, None, "undecided", False)
     assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+
+
+def test_a_guesser_is_found_out_975_times_in_1000():
+    """Summed over every number of right answers that a guesser can have."""
+    lenient = gate("min", 0.0)
+    found = sum(
+        stats.binom.pmf(right, 200, 0.25)
+        for right in range(201)
+        if judge(lenient, score(right, 200)).word == "anomalous"
+    )
+    assert 0.97 <= found <= 0.985
 
 
 ORDER = {"pass": 0, "undecided": 1, "regression": 2}

@@ -140,6 +140,15 @@ def test_95_percent_intervals_of_a_drop_hold_the_truth_95_times_in_100(lost: flo
     assert 0.93 <= coverage <= 0.99  # discordant pairs are few and whole, so it cannot be 0.95 everywhere
 
 
+def test_an_interval_of_a_drop_lies_above_the_truth_and_below_it_about_once_in_40_each():
+    """So a gate at the true drop is passed, or called a regression, that often. Models that disagree on 10 %."""
+    rng = np.random.default_rng(3)
+    seen = rng.multinomial(4000, [0.06, 0.04, 0.9], size=1000)
+    intervals = [Drop(int(lost), int(won), 4000).interval(0.95) for lost, won, _ in seen]
+    assert 0.012 <= sum(low > 0.02 for low, _ in intervals) / 1000 <= 0.04
+    assert 0.012 <= sum(high < 0.02 for _, high in intervals) / 1000 <= 0.04
+
+
 def test_95_percent_intervals_of_a_perplexity_ratio_hold_the_truth_95_times_in_100():
     rng, hits = np.random.default_rng(7), 0
     for _ in range(2000):

@@ -6,7 +6,7 @@
                 its commit
 
 with the dtype, the device, the backend, the versions of the packages that compute, and flatq's own sources. Weights are
-not read: a question should not cost what hashing a model costs.
+not read whole: a question should not cost what hashing a model costs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatq_cli.config.locations import PACKAGE, kernels_dir
-from flatq_cli.models.locate import TOKENIZER_FILES, ModelLocation, weight_files
+from flatq_cli.models.locate import TOKENIZER_FILES, ModelLocation, fingerprint, weight_files
 from flatq_cli.runtime.integrity import stored_tensor_digests
 from flatq_cli.store.versions import package_versions
 
@@ -34,15 +34,18 @@ _MODULES = ("evaluation/perplexity.py", "evaluation/scoring.py")
 """The code that an answer passes through: rooms of the package, and modules of this one."""
 
 
-def identity(target: Target) -> str:
-    """SHA-256 in hexadecimal of what decides a target's answers; reads no weights.
+def identity(target: Target, by_content: bool = False) -> str:
+    """SHA-256 in hexadecimal of what decides a target's answers.
 
+    Args:
+        by_content: tell a model's weights by samples of their content, the same on every machine, and not by the time
+            of their last change.
     Raises:
         UsageError: a damaged index of weights.
     """
     versions = package_versions()
     parts: dict[str, Any] = {
-        "weights": _weights(target),
+        "weights": _weights(target, by_content),
         "files": _contents(target.location),
         "dtype": str(target.dtype),
         "device": _device_kind(target.device),
@@ -54,17 +57,20 @@ def identity(target: Target) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _weights(target: Target) -> Any:
+def _weights(target: Target, by_content: bool) -> Any:
     location = target.location
     if target.run is not None:
         items = target.run.stage("fuse").manifest.items
         shards = {name: item.sha256 for name, item in items.items()}
         return {"fused": shards, "recipe": target.run.config.recipe.model_dump(mode="json")}
-    if location.kind == "gguf":
-        return _stamps([location.path])
-    if location.path.parent.name == "snapshots":  # the cache of the hub: snapshots/COMMIT
-        return {"repository": location.path.parent.parent.name, "commit": location.path.name}
-    return stored_tensor_digests(location.path) or _stamps(weight_files(location.path))
+    if location.kind == "directory":
+        if location.path.parent.name == "snapshots":  # the cache of the hub: snapshots/COMMIT
+            return {"repository": location.path.parent.parent.name, "commit": location.path.name}
+        if (digests := stored_tensor_digests(location.path)) is not None:
+            return digests
+    if by_content:
+        return fingerprint(location)
+    return _stamps([location.path] if location.kind == "gguf" else weight_files(location.path))
 
 
 def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -119,7 +119,7 @@ def _join(parts: Sequence[_Part]) -> EvalResult:
 
 def _check_same(part: _Part, first: _Part) -> None:
     """Two parts are of one evaluation: of one model, with the same settings and versions."""
-    compared = [(key, part.result.get(key), first.result.get(key)) for key in ("target", "kind", "recipe")]
+    compared = [(key, part.result.get(key), first.result.get(key)) for key in ("kind", "recipe")]
     for group in ("versions", "data"):
         mine, other = part.result.get(group, {}), first.result.get(group, {})
         compared += [(key, _identity(mine.get(key)), _identity(other.get(key))) for key in {**mine, **other}]
@@ -130,7 +130,8 @@ def _check_same(part: _Part, first: _Part) -> None:
             raise UsageError(f"{part.file}: {key} is {found}, and in {first.file} it is {wanted}")
     if mine.get("model") != other.get("model"):
         raise UsageError(
-            f"{part.file}: is not of the model of {first.file}: weights, tokenizer, device or flatq's own code differ"
+            f"{part.file}: {part.result.get('target')} is not the model of {first.file}, {first.result.get('target')}: "
+            "weights, tokenizer, device, dtype or flatq's own code differ"
         )
     for name in ("windows", "pairs", "tasks", "groups"):
         if getattr(part.evidence, name).keys() != getattr(first.evidence, name).keys():

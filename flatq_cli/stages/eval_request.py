@@ -85,7 +85,7 @@ def result_name(request: EvalRequest, texts: Sequence[str], contents: Mapping[st
     is in texts, questions and task files, the baseline's path, the system instruction. A shard is called as the whole.
 
     Args:
-        texts: the names of the texts. contents: the SHA-256 of each text and of each file of questions.
+        texts: the names of the texts. contents: the names of all texts and files of questions, by their SHA-256.
     """
     prompting = request.prompting
     parts = [f"ppl-{'+'.join(texts)}-{request.seqlen}"] if texts else []

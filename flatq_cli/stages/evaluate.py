@@ -80,7 +80,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     if request.baseline is not None:
         sides.append(_open_side(replace(request, target=request.baseline, backend=None), progress))
     if tasks is not None:
-        contents |= {f"questions of {task}": questions.sha256 for task, questions in tasks.data.items()}
+        contents |= {questions.sha256: f"questions of {task}" for task, questions in tasks.data.items()}
     check_gates(request.gates, [text.name for text in texts], tasks, baseline=len(sides) == 2)
     name = result_name(request, [text.name for text in texts], contents)
     samples: list[str] = []
@@ -145,13 +145,14 @@ def _open_side(request: EvalRequest, progress: Progress) -> _Side:
 def _read_text(spec: str, contents: dict[str, str], warn: Callable[[str], None]) -> Text:
     """A text under the name of its results: what was asked for, of a file its stem; of `auto`, what that came to be.
 
-    Its SHA-256 goes into `contents`.
+    `contents` gets its name by its SHA-256.
     """
     from flatq_cli.data.texts import load_text
 
     text = load_text(spec, evaluation=True, warn=warn)
-    contents[spec] = text.sha256
-    return text if spec == "auto" else replace(text, name=Path(spec).stem)
+    text = text if spec == "auto" else replace(text, name=Path(spec).stem)
+    contents[text.sha256] = text.name
+    return text
 
 
 def _distinct(texts: list[Text]) -> list[Text]:
@@ -217,7 +218,7 @@ def _ask_tasks(
     model = AnsweringLM(target.model, target.tokenizer, side.answers, progress, request.batch, request.shard)
 
     def log_sample(task: str, sample: Sample) -> None:
-        samples.append(_json_line({"target": target.spec, "task": task, **sample}))
+        samples.append(_json_line({"model": target.spec, "task": task, **sample}))
 
     return run_tasks(
         tasks,
@@ -241,12 +242,10 @@ def _settings(request: EvalRequest, contents: dict[str, str], windows: dict[str,
         "windows": windows,
         "seqlen": request.seqlen,
         "limit": request.limit,
-        "tasks": list(request.tasks),
         "num_fewshot": request.prompting.num_fewshot,
         "chat_template": request.prompting.chat_template,
         "system_instruction": request.prompting.system_instruction,
         "fewshot_as_multiturn": request.prompting.fewshot_as_multiturn,
-        "baseline": request.baseline,
     }
 
 
@@ -260,6 +259,8 @@ def _result(
     name: str,
     progress: Progress,
 ) -> EvalResult:
+    from flatq_cli.evaluation.identity import identity
+
     target = side.target
     result = EvalResult(
         target=target.spec,
@@ -276,7 +277,7 @@ def _result(
             pairs=side.pairs,
             tasks={} if asked is None else asked.evidence,
             groups={} if asked is None else asked.groups,
-            settings={**settings, "model": side.answers.identity},
+            settings=settings if request.shard == WHOLE else {**settings, "model": identity(target, by_content=True)},
         ),
         shard=request.shard,
         name=name,

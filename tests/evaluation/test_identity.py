@@ -128,6 +128,20 @@ def test_an_export_whose_digests_are_not_compared_is_told_by_times(run: Path, mo
     assert of(directory) != before
 
 
+def test_a_model_told_by_its_content_is_the_same_on_every_machine(model: Path):
+    def by_content() -> str:
+        return identity(open_target(str(model), "cpu"), by_content=True)
+
+    before, stamped = by_content(), of(model)
+    touch(model / "model.safetensors")
+    assert by_content() == before
+    assert of(model) != stamped
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    assert by_content() != before
+
+
 def test_a_snapshot_of_the_hub_is_its_commit(model: Path, tmp_path: Path):
     snapshots = tmp_path / "models--owner--name" / "snapshots"
     one, other = (shutil.copytree(model, snapshots / commit) for commit in ("a" * 40, "b" * 40))

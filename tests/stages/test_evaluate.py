@@ -230,7 +230,9 @@ def test_wrong_questions_in_a_folder_are_found_before_the_model_is_opened(mirror
     ("wrong", "words"),
     [
         ({"tasks": (), "ppl": ("pydoc",)}, "no task is given"),
+        ({"tasks": (), "ppl": ("pydoc",), "data_dir": None, "log_samples": Path("x")}, "--log-samples: is about"),
         ({"prompting": Prompting(num_fewshot=5)}, "--num-fewshot: --data-dir has no examples"),
+        ({"prompting": Prompting(fewshot_as_multiturn=False)}, "it needs --apply-chat-template"),
         ({"tasks": ("mmlu",)}, "no task 'mmlu'; it knows arc_easy, piqa, winogrande, hellaswag"),
     ],
 )
@@ -249,13 +251,41 @@ def test_names_of_results_differ_where_the_request_does_and_fit_a_file_system():
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), prompting=Prompting(num_fewshot=5)),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), data_dir=Path("some/mirror")),
         EvalRequest("run", tasks=("piqa", "lastword:some/file.txt"), data_dir=Path(".")),
+        EvalRequest("run", tasks=("piqa",), include_path=Path("some/tasks")),
+        EvalRequest("run", tasks=("piqa",), prompting=Prompting(chat_template=True)),
+        EvalRequest("run", tasks=("piqa",), prompting=Prompting(chat_template=True, fewshot_as_multiturn=False)),
+        EvalRequest("run", tasks=("piqa",), prompting=Prompting(system_instruction="Be brief.")),
+        EvalRequest("run", tasks=("piqa",), prompting=Prompting(system_instruction="Be long.")),
+        EvalRequest("run", ppl=("a",), device="cuda"),
+        EvalRequest("run", ppl=("a",), baseline="other/model"),
         EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(50))),
         EvalRequest("run", tasks=tuple(f"mmlu_{i}" for i in range(51))),
     ]
     names = [result_name(request, request.ppl, {}) for request in requests]
     assert re.fullmatch(r"ppl-a-2048-limit-8-[0-9a-f]{8}", names[2])
+    names += [result_name(requests[0], ("a",), {content: "a"}) for content in ("0" * 64, "1" * 64)]
     assert len(set(names)) == len(names)
     assert all(len(name) <= 120 and "/" not in name and ":" not in name for name in names)
+
+
+def test_an_edited_task_file_makes_another_result(tmp_path: Path):
+    request = EvalRequest("run", tasks=("mine",), include_path=tmp_path)
+    names = []
+    for content in ("task: mine", "task: mine  # changed"):
+        (tmp_path / "mine.yaml").write_text(content)
+        names.append(result_name(request, (), {}))
+    assert names[0] != names[1]
+
+
+def test_every_question_is_logged_with_its_answers_where_that_is_asked(run: Run, mirror: Path, tmp_path: Path):
+    file = tmp_path / "samples.jsonl"
+    asked = {"tasks": ("piqa",), "data_dir": mirror, "log_samples": file, "baseline": run.config.model.location}
+    result = evaluate(EvalRequest(str(run.path), **asked), SilentProgress())
+    logged = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [sample["doc_id"] for sample in logged] == [*range(8), *range(8)]
+    assert [sample["model"] for sample in logged[::8]] == [str(run.path), run.config.model.location]
+    assert {sample["task"] for sample in logged} == {"piqa"}
+    assert sum(sample["acc"] for sample in logged[:8]) / 8 == result.tasks["piqa"]["acc"]
 
 
 def test_results_are_immutable():

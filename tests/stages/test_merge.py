@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,18 @@ def test_a_run_keeps_its_shards_apart_and_the_whole_among_its_results(run: Run, 
     assert of_the_model(json.loads(kept.read_text())) == of_the_model(before)
 
 
+def test_shards_of_one_model_that_lies_elsewhere_on_each_machine_are_joined(
+    asked: EvalRequest, run: Run, tmp_path: Path
+):
+    """With another path, and other times of its files."""
+    model, two = Path(run.config.model.location), []
+    for part in (1, 2):
+        place = shutil.copytree(model, tmp_path / f"machine {part}" / "model", copy_function=shutil.copyfile)
+        alone = {"target": str(place), "baseline": None, "tasks": (), "include_path": None, "prompting": Prompting()}
+        two.append(measured(asked, shard=Shard(part, 2), **alone))
+    assert merged(tmp_path, two)["perplexity"] == measured(asked, **{**alone, "target": str(model)})["perplexity"]
+
+
 def test_broken_models_are_joined_too(asked: EvalRequest, parts, tmp_path: Path):
     """A loss that is not finite is text in JSON."""
     broken = copy.deepcopy(parts)
@@ -142,11 +155,11 @@ def test_broken_models_are_joined_too(asked: EvalRequest, parts, tmp_path: Path)
         (lambda parts: parts.pop(1), r"^shard 2/3 is missing; give all 3$"),
         (lambda parts: parts.append(parts[0]), r"3\.json: is shard 1/3, and .*0\.json is that too"),
         (lambda parts: parts[2]["shard"].update(of=4), r"2\.json: is one of 4 shards, and .*0\.json one of 3"),
-        (lambda parts: parts[1].update(target="another"), r"1\.json: target is another, and in .*0\.json it is "),
+        (lambda parts: parts[1].update(kind="packed"), r"1\.json: kind is packed, and in .*0\.json it is fake-quant"),
         (lambda parts: parts[1]["versions"].update(torch="1.0"), r"1\.json: torch is 1\.0, and in .*0\.json it is"),
         (lambda parts: parts[2]["shard"]["settings"].update(limit=8), r"2\.json: limit is 8, and in .*0\.json it is 9"),
-        (lambda parts: parts[2]["shard"]["settings"].update(model="x"), r"2\.json: is not of the model of .*0\.json: "),
-        (lambda parts: parts[1]["baseline"]["shard"]["settings"].update(model="x"), r"1\.json: is not of the model of"),
+        (lambda parts: parts[2]["shard"]["settings"].update(model="x"), r"2\.json: .* is not the model of .*0\.json, "),
+        (lambda parts: parts[1]["baseline"]["shard"]["settings"].update(model="x"), r"1\.json: .* is not the model of"),
         (lambda parts: parts[1].pop("baseline"), r"1\.json: has no baseline, and .*0\.json has one"),
         (lambda parts: parts[1]["shard"]["tasks"].pop("own_choice"), r"1\.json: has other tasks than .*0\.json"),
         (lambda parts: parts[1]["shard"]["texts"]["words"].pop("losses"), r"1\.json: the evidence in it is damaged"),
@@ -155,7 +168,7 @@ def test_broken_models_are_joined_too(asked: EvalRequest, parts, tmp_path: Path)
         (lambda parts: parts[1].pop("shard"), r"1\.json: not a shard; `flatq eval TARGET … --shard 1/4"),
     ],
     ids=[
-        "missing", "twice", "of another division", "another target", "another version", "another limit",
+        "missing", "twice", "of another division", "another kind", "another version", "another limit",
         "another model", "another baseline", "no baseline", "another task", "damaged", "windows twice",
         "a question missing", "no shard",
     ],

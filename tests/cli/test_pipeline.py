@@ -29,10 +29,8 @@ TINY_CALIBRATION = (
     "--set", "calibration.data=text.txt", "--set", "calibration.samples=4", "--set", "calibration.seqlen=16",
 )  # fmt: skip
 QUESTIONS = ("--ppl", "story.txt", "--tasks", "lastword:story.txt", "--seqlen", "32", "--limit", "3")
-SCHEMA_KEYS = [
-    "schema", "target", "kind", "recipe", "perplexity", "tasks", "gates", "versions", "seconds", "peak_memory_bytes",
-    "peak_gpu_memory_bytes",
-]  # fmt: skip
+FIGURES = ["schema", "target", "kind", "recipe", "perplexity", "tasks"]
+REST = ["gates", "versions", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def test_the_libraries_add_nothing_to_stderr(typed):
 
 def test_the_json_of_eval_has_exactly_the_keys_of_its_schema(typed, folder):
     result = json.loads((folder / "out.json").read_text(encoding="utf-8"))
-    assert list(result) == SCHEMA_KEYS
+    assert list(result) == [*FIGURES, "harness", *REST]
     assert (result["schema"], result["target"], result["kind"]) == ("flatq.eval/1", RUN, "fake-quant")
     assert (result["recipe"], result["gates"]) == ("balanced", [])
     assert list(result["perplexity"]) == ["story"]
@@ -221,8 +219,12 @@ def test_a_baseline_stands_beside_the_figures(in_folder):
         "eval", RUN, "--ppl", "story.txt", "--seqlen", "32", "--limit", "3", "--baseline", "tiny", "--json", "-"
     )
     result = json.loads(said.stdout)
-    assert list(result) == [*SCHEMA_KEYS, "baseline"]
-    assert list(result["baseline"]) == SCHEMA_KEYS
+    assert list(result) == [*FIGURES, "comparison", *REST, "baseline"]
+    assert list(result["baseline"]) == [*FIGURES, *REST]
+    ratio = result["comparison"]["perplexity"]["story"]["perplexity_ratio"]["value"]
+    assert ratio == pytest.approx(
+        result["perplexity"]["story"]["value"] / result["baseline"]["perplexity"]["story"]["value"]
+    )
     assert (result["baseline"]["kind"], result["baseline"]["recipe"]) == ("float", None)
     assert result["baseline"]["perplexity"]["story"]["value"] != result["perplexity"]["story"]["value"]
 

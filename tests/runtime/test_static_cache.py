@@ -7,19 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from flatq_cli.runtime.kv_cache import PackedLayer
 from flatq_cli.runtime.pack_cache import pack_cache
 from flatq_cli.runtime.static_cache import PackedStaticLayer
+from tests.runtime.tape import Tape
 from tests.runtime.test_kv_cache import GREEDY, HEAD_DIM, MODELS, Pair, make_pair, padded_prompts, site, states
 from tests.tiny import tiny_tokens
 
 ROOM = 40
 PROMPT = 7
-READING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item")
 STATIC: dict[str, Any] = {**GREEDY, "cache_implementation": "static"}
 
 
@@ -205,23 +204,36 @@ def test_one_that_was_emptied_is_packed_for_the_model_that_uses_it_next(llama):
 # ---- Captured and compiled. ----
 
 
-class NothingRead(TorchDispatchMode):
-    """Fails where the host asks a device for a value."""
+@torch.no_grad()
+def test_a_recorded_decode_step_goes_on_when_it_is_repeated_on_the_same_memory(llama):
+    model, ids = llama.loaded, tiny_tokens(2, PROMPT + 5)
+    expected = steps(model, model, ids, static_cache(model))
+    cache, token, tape = static_cache(model), ids[:, PROMPT : PROMPT + 1].clone(), Tape()
+    model(ids[:, :PROMPT], cache=cache, use_cache=True)
+    with tape:
+        logits = model(input_ids=token, cache=cache, use_cache=True).logits
+    for at in range(PROMPT, PROMPT + 5):
+        if at > PROMPT:
+            token.copy_(ids[:, at : at + 1])
+            tape.replay()
+        assert torch.equal(logits, expected[:, at : at + 1])
+    assert cache.layers[1].lengths.tolist() == [PROMPT + 5] * 2
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item"), (
-            func
-        )
-        return func(*args, **(kwargs or {}))
 
-
-def test_a_decode_step_reads_nothing_back_from_the_device(llama):
-    cache, ids = static_cache(llama.loaded), tiny_tokens()
-    steps(llama.loaded, llama.loaded, ids[:, :PROMPT], cache)
-    with torch.no_grad(), NothingRead():
-        llama.loaded(ids[:, :1], cache=cache, use_cache=True)
-    with torch.no_grad(), pytest.raises(AssertionError, match="_local_scalar_dense"), NothingRead():
-        bool(cache.layers[0].cumulative_length)
+@torch.no_grad()
+def test_a_step_over_the_cache_that_grows_cannot_be_repeated(llama):
+    """Else the test above would show nothing."""
+    model, ids = llama.loaded, tiny_tokens(2, PROMPT + 2)
+    expected = steps(model, model, ids, DynamicCache(config=model.config))
+    cache, token, tape = DynamicCache(config=model.config), ids[:, PROMPT : PROMPT + 1].clone(), Tape()
+    model(ids[:, :PROMPT], cache=cache, use_cache=True)
+    with tape:
+        logits = model(input_ids=token, cache=cache, use_cache=True).logits
+    token.copy_(ids[:, PROMPT + 1 :])
+    tape.replay()
+    assert not torch.equal(logits, expected[:, -1:])
+    with pytest.raises(AssertionError, match="makes the host wait"), Tape():
+        bool(token[0, 0] > 0)
 
 
 @pytest.mark.parametrize(("blocks", "backend"), [("llama", "eager"), ("one_block", "aot_eager")])

@@ -28,7 +28,7 @@ from flatq_cli.stages.export import export
 from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
 from tests.cuda_emulator.device import EmulatedDevice
-from tests.runtime.test_static_cache import NothingRead
+from tests.runtime.tape import Tape
 from tests.tiny import FAMILIES, calibrated_run, fused_run, tiny_model_dir, tiny_recipe, tiny_tokens
 
 # At 4 bits a rounding at another place makes another code, and a tiny random model then says something else: two 16-bit
@@ -366,12 +366,20 @@ def test_every_decode_step_launches_the_same_on_the_same_memory(
         assert layer.lengths.tolist() == [PROMPT + 3] * 2
 
 
-def test_a_decode_step_reads_nothing_back_from_the_device(llama: Path, calls: Counter[str]):
-    model = loaded(llama, "cuda")
-    cache = static_cache(model)
-    decoded(model, cache, tokens=0)
-    with torch.no_grad(), NothingRead():
-        model(tiny_tokens(2, 1), cache=cache, use_cache=True)
+@torch.no_grad()
+def test_a_recorded_decode_step_goes_on_when_it_is_repeated_on_the_same_memory(llama: Path, calls: Counter[str]):
+    model, ids = loaded(llama, "cuda"), tiny_tokens(2, PROMPT + 4)
+    expected = decoded(model, static_cache(model))
+    cache, token, tape = static_cache(model), ids[:, PROMPT : PROMPT + 1].clone(), Tape()
+    model(ids[:, :PROMPT], cache=cache, use_cache=True)
+    with tape:
+        logits = model(input_ids=token, cache=cache, use_cache=True).logits
+    calls.clear()
+    for at in range(1, 4):
+        token.copy_(ids[:, PROMPT + at : PROMPT + at + 1])
+        tape.replay()
+        assert torch.equal(logits, expected[1 + at])
+    assert not calls  # no Python of ours ran
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -17,6 +17,7 @@ def smoke_works() -> list[Work]:
         works += [*gemm_works(SMALL, tokens, "w4a4_gemm"), *gemm_works(SMALL, tokens, "w4a8_gemm")]
         works += kv_quant_works(SMALL, tokens)
     works += attention_works(SMALL, batches=(2,), lengths=(77, 1030))
+    works += attention_works(SMALL, batches=(2,), lengths=(77, 1030), masked=True)
     return works
 
 

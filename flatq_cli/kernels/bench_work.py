@@ -94,7 +94,10 @@ def works_of(op: str, shapes: Shapes, tokens: int) -> Iterable[Work]:
     if op == "kv_quant":
         return kv_quant_works(shapes, tokens)
     if op == "kv_attention":
-        return attention_works(shapes, batches=(1, 8), lengths=(32768, 8192, 1024)) if tokens == 1 else ()
+        if tokens != 1:
+            return ()
+        masked = attention_works(shapes, batches=(1, 8), lengths=(8192,), masked=True)
+        return (*attention_works(shapes, batches=(1, 8), lengths=(32768, 8192, 1024)), *masked)
     raise ValueError(f"'{op}' is not one of {', '.join(OPS)}")
 
 
@@ -320,35 +323,43 @@ def _cache(device: torch.device, batch: int, heads: int, capacity: int, width: i
     return codes, scale, zero
 
 
-def attention_works(shapes: Shapes, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[Work]:
-    """One new token a sequence over a full cache, against sdpa over an fp16 cache; bytes are the packed cache's."""
+def attention_works(
+    shapes: Shapes, batches: Sequence[int], lengths: Sequence[int], masked: bool = False
+) -> Iterator[Work]:
+    """One new token a sequence over a full cache, against sdpa over an fp16 cache; bytes are the packed cache's, and
+    the mask's if there is one (`masked`), as decode steps over a static cache have it.
+    """
     heads, kv_heads, width = shapes.heads, shapes.kv_heads, shapes.head_dim
     for length in lengths:
         for batch in batches:
             yield Work(
                 "kv_attention",
-                f"{batch} x {length} keys",
+                f"{batch} x {length} keys{', masked' if masked else ''}",
                 batch,
-                bytes=2.0 * batch * kv_heads * length * (width / 2 + 5) + 4.0 * batch * heads * width,
+                bytes=2.0 * batch * kv_heads * length * (width / 2 + 5)
+                + 4.0 * batch * heads * width
+                + batch * length * masked,
                 operations=4.0 * batch * heads * width * length,
                 unit="float16",
-                make=partial(_attention, shapes=shapes, batch=batch, length=length),
-                baselines={"sdpa fp16": partial(_sdpa, shapes=shapes, batch=batch, length=length)},
+                make=partial(_attention, shapes=shapes, batch=batch, length=length, masked=masked),
+                baselines={"sdpa fp16": partial(_sdpa, shapes=shapes, batch=batch, length=length, masked=masked)},
             )
 
 
-def _attention(device: torch.device, shapes: Shapes, batch: int, length: int) -> Call:
+def _attention(device: torch.device, shapes: Shapes, batch: int, length: int, masked: bool) -> Call:
     from flatq_cli.kernels.kv_attention import kv_attention
 
     query = normal(device, batch, shapes.heads, 1, shapes.head_dim)
     keys = _cache(device, batch, shapes.kv_heads, length, shapes.head_dim)
     values = _cache(device, batch, shapes.kv_heads, length, shapes.head_dim)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-    return lambda: kv_attention(query, *keys, *values, lengths, softmax_scale=shapes.head_dim**-0.5)
+    mask = torch.ones(batch, 1, length, dtype=torch.bool, device=device) if masked else None
+    return lambda: kv_attention(query, *keys, *values, lengths, softmax_scale=shapes.head_dim**-0.5, mask=mask)
 
 
-def _sdpa(device: torch.device, shapes: Shapes, batch: int, length: int) -> Call:
+def _sdpa(device: torch.device, shapes: Shapes, batch: int, length: int, masked: bool) -> Call:
     query = normal(device, batch, shapes.heads, 1, shapes.head_dim)
     keys = normal(device, batch, shapes.kv_heads, length, shapes.head_dim)
     values = normal(device, batch, shapes.kv_heads, length, shapes.head_dim)
-    return lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device) if masked else None
+    return lambda: scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)

@@ -36,6 +36,7 @@ def test_every_work_runs_with_its_baselines_on_data_of_its_own():
         *bench_work.layer_works(shapes, 2),
         *bench_work.kv_quant_works(shapes, 3),
         *bench_work.attention_works(shapes, batches=(2,), lengths=(9,)),
+        *bench_work.attention_works(shapes, batches=(2,), lengths=(9,), masked=True),
     ]
     rows = [bench.measure(work, CPU, WallClock(), Budget(60), 0.0) for work in works if present(work)]
     assert [(one.op, one.error) for one in rows] == [(one.op, None) for one in rows]
@@ -50,7 +51,11 @@ def test_the_sizes_are_those_of_real_models_and_the_first_tokens_come_first():
     assert {work.tokens for work in works if work.op == "kron_quant"} == {1, 16, 128, 2048, 16384}
     assert [work.tokens for work in works[:8]] == [2048] * 8
     assert ("gate_up 4096x28672", 1) in {(work.size, work.tokens) for work in works if work.op == "w4a4_gemm"}
-    assert {work.size for work in works if work.op == "kv_attention"} >= {"1 x 32768 keys", "8 x 1024 keys"}
+    assert {work.size for work in works if work.op == "kv_attention"} >= {
+        "1 x 32768 keys",
+        "8 x 1024 keys",
+        "8 x 8192 keys, masked",
+    }
     kron = next(work for work in works if work.op == "kron_quant" and work.size.startswith("64x64"))
     assert kron.bytes == 2048 * (2.5 * 4096 + 4)
     assert kron.operations == 2048 * 2 * 4096 * 128

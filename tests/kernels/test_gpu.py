@@ -217,6 +217,30 @@ def test_attention_over_the_packed_cache_equals_its_definition(dtype, head_dim, 
     torch.testing.assert_close(ours.cpu(), reference, rtol=3e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "q_len", "bits"),
+    [(64, 4, 4, 1, 4), (128, 8, 2, 1, 4), (128, 8, 2, 5, 4), (80, 6, 2, 16, 4), (256, 4, 1, 1, 4), (64, 4, 2, 2, 8)],
+)
+def test_attention_with_a_mask_equals_its_definition(dtype, head_dim, heads, kv_heads, q_len, bits):
+    from flatq_cli.kernels.kv_attention import kv_attention
+
+    parts = []
+    for _ in range(2):
+        codes = torch.randint(0, 256, (2, kv_heads, 1520, head_dim * bits // 8), dtype=torch.uint8)
+        zero = torch.randint(5, 11, (2, kv_heads, 1520), dtype=torch.uint8)
+        parts += [codes, torch.rand(2, kv_heads, 1520) / 4 ** (bits - 3), zero]
+    query = torch.randn(2, heads, q_len, head_dim).to(dtype)
+    lengths = torch.tensor([1500, 77], dtype=torch.int32)
+    mask = torch.rand(2, q_len, 1511) < 0.5
+    mask[:, :, 200:700] = False
+    for shown in (mask, mask[:1].expand(2, -1, -1)):
+        reference = kv_attention(query, *parts, lengths, softmax_scale=head_dim**-0.5, mask=shown)
+        on_gpu = map(cuda, (query, *parts, lengths))
+        ours = kv_attention(*on_gpu, softmax_scale=head_dim**-0.5, mask=shown.cuda())
+        torch.testing.assert_close(ours.cpu(), reference, rtol=3e-2, atol=2e-2)
+
+
 # ---- How torch runs them. ----
 
 
@@ -248,6 +272,41 @@ def test_a_captured_graph_replays_on_new_inputs(tokens):
     for _ in range(3):  # kernels that count arrivals must be ready again
         graph.replay()
         torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+def test_a_captured_graph_goes_on_writing_and_reading_a_cache_whose_length_the_device_knows():
+    from flatq_cli.kernels.kv_attention import kv_attention
+    from flatq_cli.kernels.kv_quant import kv_quant_
+
+    heads, capacity, head_dim, clip = 2, 1600, 64, torch.ones(2, device="cuda")
+    places, x = torch.arange(capacity, device="cuda"), torch.empty(2, heads, 1, head_dim, device="cuda").half()
+
+    def step(keys, values, lengths):
+        for part in (keys, values):
+            kv_quant_(x, None, clip, *part, lengths)
+        lengths.add_(1)
+        mask = ((places < lengths.unsqueeze(1)) & (places % 3 > 0)).unsqueeze(1)
+        return kv_attention(x, *keys, *values, lengths, softmax_scale=0.125, mask=mask)
+
+    def state():
+        keys, values = (cache(2, heads, capacity, head_dim, "cuda") for _ in range(2))
+        return keys, values, torch.tensor([1200, 7], dtype=torch.int32, device="cuda")
+
+    inputs = [torch.randn(x.shape, device="cuda").half() for _ in range(6)]
+    eager, expected = state(), []
+    for value in inputs:
+        x.copy_(value)
+        expected.append(step(*eager))
+    kept, graph = state(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*kept)
+    for value, wanted in zip(inputs, expected, strict=True):
+        x.copy_(value)
+        graph.replay()
+        torch.testing.assert_close(captured, wanted, rtol=0, atol=0)
+    assert kept[2].tolist() == [1206, 13]
+    for ours, wanted in zip((*kept[0], *kept[1]), (*eager[0], *eager[1]), strict=True):
+        assert torch.equal(ours, wanted)
 
 
 def test_a_kernel_that_was_never_run_cannot_be_captured_and_the_error_says_so():

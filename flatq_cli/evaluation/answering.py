@@ -3,7 +3,8 @@
 The harness sees one language model. Behind it are the kept answers (`evaluation/answers.py`) and, only when a question
 is new, the model that reads it (`evaluation/scoring.py`). New questions are read in slices, each kept before the next
 is begun. A question is all that is asked about one document: its choices are answered and kept together, so that what
-is answered never depends on how much of it was known.
+is answered never depends on how much of it was known. With one question in a forward pass nothing else decides its
+answer, to the last bit; answers that were found in larger batches are kept apart, for larger batches.
 
 A shard lets the harness build every question, so that the examples drawn for them are those of an unsharded evaluation,
 and says nothing to those of other shards: they get a filler, and what the harness makes of it is thrown away.
@@ -87,7 +88,8 @@ class AnsweringLM(LM):  # type: ignore[misc]
         questions = [places for places in _questions(requests) if requests[places[0]].doc_id in self.shard]
         keys = [_key([requests[place] for place in places]) for places in questions]
         answers = dict.fromkeys(range(len(requests)), _FILLERS[kind])
-        kept = self._answers.find(kind, keys)
+        taken = [kind] if self._batch == 1 else [f"{kind} in batches", kind]  # the later goes before
+        kept = {number: found for name in taken for number, found in self._answers.find(name, keys).items()}
         for number, found in kept.items():
             answers.update(zip(questions[number], found, strict=True))
         new = [number for number in range(len(questions)) if number not in kept]

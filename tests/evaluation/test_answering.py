@@ -107,6 +107,17 @@ def test_at_one_question_a_pass_an_answer_does_not_depend_on_what_else_is_asked(
     assert [answer for part in alone for answer in part] == answering(tiny).loglikelihood(questions())
 
 
+def test_answers_found_in_batches_are_for_batches_and_those_found_alone_for_all(tiny, answers: Answers, reader: Reader):
+    alone = answering(tiny).loglikelihood(questions())
+    answering(tiny, batch=4, answers=answers).loglikelihood(questions())
+    reader.asked.clear()
+    assert answering(tiny, answers=answers).loglikelihood(questions()) == alone
+    assert reader.questions == list(range(QUESTIONS))
+    reader.asked.clear()
+    assert answering(tiny, batch="auto", answers=answers).loglikelihood(questions()) == alone
+    assert reader.asked == []
+
+
 def _by_question(requests: Sequence[Instance]) -> list[list[Instance]]:
     return [[request for request in requests if request.doc_id == number] for number in range(QUESTIONS)]
 

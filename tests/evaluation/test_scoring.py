@@ -80,6 +80,13 @@ def test_answers_to_one_question_share_a_tree_and_other_questions_get_their_own(
     assert len(plant([(None, [1, 2, 3, 4, 5, 6, 7, 8], [9]), (None, [1, 22, 23, 24, 25, 26, 27, 28], [9])])) == 2
 
 
+def test_where_questions_are_told_apart_no_tree_holds_two():
+    made = [(None, [1, 2, 3, 4], [5, answer]) for answer in range(6)]
+    assert len(plant(made)) == 1
+    trees = plant(made, ["a", "a", "a", "b", "b", "c"])
+    assert [[number for number, *_ in tree.asked] for tree in trees] == [[0, 1, 2], [3, 4], [5]]
+
+
 def test_a_tree_does_not_grow_without_end():
     beginning = list(range(3, 43)) * 3
     trees = plant([(None, [*beginning, a, b, a], [3, 4]) for a in range(3, 40) for b in range(3, 40)])

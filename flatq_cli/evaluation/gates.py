@@ -147,7 +147,7 @@ def _side(gate: Gate, interval: Interval) -> Word:
 
 
 def _needed(gate: Gate, sample: Sample) -> int | None:
-    """The least number of units that would have decided, were there more like those there are."""
+    """How many units would have decided, were there more like those there are; in two digits, rounded up."""
 
     def decides(count: int) -> bool:
         return _side(gate, sample.interval(gate.confidence, count / sample.count)) != "undecided"
@@ -160,7 +160,8 @@ def _needed(gate: Gate, sample: Sample) -> int | None:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
-    return high
+    unit = 10 ** max(len(str(high)) - 2, 0)
+    return math.ceil(high / unit) * unit
 
 
 def _anomaly(gate: Gate, figure: Figure) -> str | None:

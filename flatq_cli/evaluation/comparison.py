@@ -149,10 +149,11 @@ def _text_figures(
     if baseline is None or text not in baseline.perplexity:
         yield level
         return
-    ratio = target.perplexity[text] / baseline.perplexity[text]
+    reference = baseline.perplexity[text]
+    ratio = target.perplexity[text] / reference if math.isfinite(reference) else math.nan
     sample = _ratio(target.windows[text], baseline.windows[text]) if text in pairs else None
     change = None if sample is None else Change(sample, same=1.0)
-    yield replace(level, baseline=baseline.perplexity[text], change=change)
+    yield replace(level, baseline=reference, change=change)
     yield Figure(text, "perplexity_ratio", ratio, False, "windows", sample, compares=True, change=change)
     if text in pairs:
         divergence, agreement = Mean(pairs[text].kl), Mean(pairs[text].agreement)

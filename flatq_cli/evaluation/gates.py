@@ -116,7 +116,8 @@ def _by_limit(gate: Gate, value: float, sample: Sample | None, figure: Figure) -
     """The verdict of the limit alone, on a finite value."""
     interval = (value, value) if sample is None or gate.confidence == 0 else sample.interval(gate.confidence)
     shown, limit = _with_interval(value, interval, gate.confidence), f"the limit {show(gate.limit)}"
-    if sample is None and not figure.exact and gate.confidence > 0:
+    exact = gate.confidence == 0 or (figure.exact and not gate.relative)
+    if sample is None and not exact:
         reason = f"the noise of {shown} is not known; `confidence: 0` judges the bare number"
         return Verdict("undecided", reason, None, value, (-math.inf, math.inf))
     word = _side(gate, interval)
@@ -196,7 +197,8 @@ def _asks_for_better(gate: Gate, figure: Figure) -> bool:
 def _no_number(gate: Gate, figure: Figure, value: float) -> str:
     if math.isfinite(figure.value):  # a relative limit, and a baseline that is nothing to be a multiple of
         return f"the baseline's figure is {figure.baseline}: there is no multiple of it"
-    return f"the figure is {value}: the model's output is broken"
+    broken = "the output of the model or of its baseline" if figure.compares else "the model's output"
+    return f"the figure is {value}: {broken} is broken"
 
 
 def _with_interval(value: float, interval: Interval, confidence: float) -> str:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from flatq_cli.config.gate_files import Gate
 from flatq_cli.evaluation.comparison import Measured, comparison, figures, pooled
 from flatq_cli.evaluation.evidence import GroupEvidence, PairEvidence, TaskEvidence, WindowEvidence
+from flatq_cli.evaluation.gates import decide
 from flatq_cli.evaluation.paired import Drop, Mean, Normal, Proportion, Resampled
 
 
@@ -182,6 +184,18 @@ def test_a_broken_models_figures_are_there_and_are_no_numbers():
     assert math.isnan(scores["task.acc_drop"].value)
     assert scores["task.acc_drop"].sample is None
     json.dumps(comparison(made | scores), allow_nan=False)
+
+
+def test_a_baseline_that_is_broken_makes_no_model_look_good():
+    made = figures(on_text(2.0, 2.5), on_text(math.inf, 2.5), same_tokens(2))
+    assert math.isnan(made["perplexity_ratio.prose"].value)
+    gate = Gate("ratio", "perplexity_ratio.prose", "max", 1.5, confidence=0.0, anomalous_passes=True)
+    judged = decide(gate, made["perplexity_ratio.prose"])
+    assert (judged.passed, judged.verdict.reason) == (
+        False,
+        "the figure is nan: the output of the model or of its baseline is broken",
+    )
+    comparison(made)
 
 
 def test_a_group_that_counts_questions_is_judged_by_the_questions_of_all_its_tasks():

@@ -109,6 +109,14 @@ def test_a_figure_whose_noise_is_not_known_is_undecided_unless_noise_is_not_aske
     assert judge(gate("min", 20.0, confidence=0.0), figure).word == "pass"
 
 
+def test_a_perplexity_relative_to_one_of_other_tokens_has_noise_that_is_not_known():
+    figure = replace(perplexity(22.0), baseline=20.0)
+    verdict = judge(gate("max_relative", 1.2), figure)
+    assert (verdict.word, verdict.value) == ("undecided", pytest.approx(1.1))
+    assert judge(gate("max_relative", 1.2, confidence=0.0), figure).word == "pass"
+    assert judge(gate("max", 25.0), figure).word == "pass"
+
+
 def test_better_than_the_baseline_beyond_noise_is_anomalous():
     for figure in (ratio(-0.2, -0.21, -0.19, -0.2), drop(lost=2, won=40, count=200), score(150, 200, 4, 110)):
         loose = gate("min", 0.2) if figure.kind == "acc" else gate("max", 1.1)

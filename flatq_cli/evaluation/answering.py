@@ -99,9 +99,8 @@ class AnsweringLM(LM):  # type: ignore[misc]
             places = [place for number in part for place in questions[number]]
             found = self._ask(kind, [requests[place] for place in places])
             answers.update(zip(places, found, strict=True))
-            self._answers.keep(
-                kind, [(keys[number], [answers[place] for place in questions[number]]) for number in part]
-            )
+            told = [(keys[number], [answers[place] for place in questions[number]]) for number in part]
+            self._answers.keep(taken[0], told)
         return [answers[place] for place in range(len(requests))]
 
     def _ask(self, kind: Kind, requests: list[Instance]) -> list[Any]:

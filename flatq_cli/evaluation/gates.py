@@ -161,7 +161,7 @@ def _needed(gate: Gate, sample: Sample) -> int | None:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
-    unit = 10 ** max(len(str(high)) - 2, 0)
+    unit = int(10 ** max(len(str(high)) - 2, 0))
     return math.ceil(high / unit) * unit
 
 

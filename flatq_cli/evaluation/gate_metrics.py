@@ -107,33 +107,38 @@ def assign(
         unknown: subjects of which it is not known yet what will be measured: their figures are taken as they are named.
     Raises:
         UsageError: a gate that names no figure, or one that needs the missing baseline; a relative limit of a figure
-            that is relative already; a limit on the wrong side; two patterns that stand for the same figure.
+            that is relative already; a limit on the wrong side; two patterns that stand for the same figure. Every
+            gate with such a fault is named.
     """
     named = {figure.metric: figure for figure in known}
     own = {gate.metric for gate in gates}
-    found: list[Gate] = []
+    found: dict[str, Gate] = {}
+    faults: list[str] = []
     for gate in gates:
-        for metric in _matching(gate, named, own, unknown):
-            _check(gate, metric, named.get(metric), baseline)
-            found.append(replace(gate, metric=metric, name=_name(gate, metric)))
-    seen: dict[str, Gate] = {}
-    for gate in found:
-        if gate.name in seen:
-            raise UsageError(f"{gate.where}: the gate at {seen[gate.name].where} is about '{gate.name}' too")
-        seen[gate.name] = gate
-    return found
+        try:
+            for metric in _matching(gate, named, own, unknown):
+                _check(gate, metric, named.get(metric), baseline)
+                _add(replace(gate, metric=metric, name=_name(gate, metric)), found)
+        except UsageError as error:
+            faults.append(str(error))
+    if faults:
+        raise UsageError("; ".join(faults))
+    return list(found.values())
 
 
 def check_baseline(gates: Iterable[Gate]) -> None:
     """Find a gate that needs a baseline, by its name alone, where there is none.
 
     Raises:
-        UsageError: there is such a gate.
+        UsageError: there are such gates; each is named.
     """
+    faults = []
     for gate in gates:
         kind = gate.metric.partition(".")[0]
         if gate.relative or gate.metric.endswith(DROP) or (kind in _OF_TEXTS and kind != "perplexity"):
-            raise UsageError(_no_baseline(gate, gate.metric))
+            faults.append(_no_baseline(gate, gate.metric))
+    if faults:
+        raise UsageError("; ".join(faults))
 
 
 def _matching(gate: Gate, named: Mapping[str, Known], own: Collection[str], unknown: Collection[str]) -> list[str]:
@@ -172,6 +177,12 @@ def _check(gate: Gate, metric: str, figure: Known | None, baseline: bool) -> Non
 
 def _no_baseline(gate: Gate, metric: str) -> str:
     return f"{gate.where}: '{metric}' is compared with a baseline, and there is none: add --baseline TARGET"
+
+
+def _add(gate: Gate, found: dict[str, Gate]) -> None:
+    if gate.name in found:
+        raise UsageError(f"{gate.where}: the gate at {found[gate.name].where} is about '{gate.name}' too")
+    found[gate.name] = gate
 
 
 def _name(gate: Gate, metric: str) -> str:

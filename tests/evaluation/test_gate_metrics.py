@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from flatq_cli.config.gate_files import Gate
 from flatq_cli.config.locations import configs_dir
 from flatq_cli.errors import UsageError
-from flatq_cli.evaluation.gate_metrics import assign, expected, task_metrics
+from flatq_cli.evaluation.gate_metrics import assign, check_baseline, expected, task_metrics
 
 KNOWN = expected(["prose", "python.3"], {"arc_easy": {"acc": True, "acc_norm": True}, "piqa": {"acc": True}})
 ONE_TEXT = expected(["prose"], {})
@@ -66,6 +66,17 @@ def test_a_star_stands_for_each_figure_that_has_no_gate_of_its_own():
 def test_what_cannot_be_judged_is_an_error_with_its_line(asked: Gate, baseline: bool, expected_line: str):
     with pytest.raises(UsageError, match=r"^gates\.yaml:3: .*" + expected_line):
         assign([asked], KNOWN, baseline=baseline)
+
+
+def test_every_gate_with_a_fault_is_named():
+    asked = [gate("perplexity_ratio"), gate("arc_easy.acc"), gate("piqa.f1"), gate("piqa.acc_drop")]
+    with pytest.raises(UsageError) as told:
+        assign(asked, KNOWN, baseline=False)
+    assert [line.split("'")[1] for line in str(told.value).split("; gates.yaml")] == [
+        "perplexity_ratio", "piqa.f1", "piqa.acc_drop",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"'perplexity_ratio' is compared .*; .*'piqa\.acc_drop' is compared"):
+        check_baseline(asked)
 
 
 def test_a_text_metric_without_a_text_says_how_to_measure_one():

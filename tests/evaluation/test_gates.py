@@ -177,6 +177,11 @@ def test_relative_limits_are_multiples_of_the_baselines_figure():
     assert judge(gate("min_relative", 0.98), score(2900, 5000, 4, 3000)).word == "regression"
 
 
+def test_a_relative_limit_of_a_figure_without_a_baseline_is_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match=r"perplexity\.prose has no baseline"):
+        judge(gate("max_relative", 1.2), perplexity(20.0))
+
+
 def test_a_baseline_of_zero_has_no_multiples():
     figure = Figure(
         "task", "acc", 0.5, True, "questions", Proportion(10, 20), baseline=0.0, change=Change(Drop(0, 10, 20), 0.0)

@@ -89,6 +89,8 @@ class Answers:
         layout = self._store.execute("PRAGMA user_version").fetchone()[0]
         if layout not in (0, LAYOUT):
             raise sqlite3.DatabaseError(f"its layout is {layout}, this flatq reads {LAYOUT}")
+        if layout == LAYOUT:  # nothing to write: others may be reading, and this user may not be allowed to
+            return
         with self._store:
             self._store.execute("CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT) WITHOUT ROWID")
             self._store.execute(f"PRAGMA user_version = {LAYOUT}")

@@ -183,7 +183,7 @@ kv_attention(const u16* query, const u8* k_codes, const float* k_scale, const u8
 
     // This block's span of the visible keys; spans are whole rounds of all teams, so short sequences take fewer blocks.
     const int most = MASKED && mask_keys < capacity ? mask_keys : capacity;
-    const Visible visible = visible_keys(lengths, first, batch, q_len, window, most);
+    const Visible visible = visible_keys(lengths, first, batch, q_len, window, most, !MASKED);
     const int begin = visible.begin(0) & ~15, end = visible.end(q_len - 1);
     const int total = visible.begin(0) < end ? end - begin : 0;
     constexpr int ROUND = TEAMS * KEYS;

@@ -41,7 +41,7 @@ kv_attention_plain(const u16* query, const u8* k_codes, const float* k_scale, co
     const long long row = (static_cast<long long>(batch) * heads + head) * q_len + i;
     const long long cache = (static_cast<long long>(batch) * kv_heads + head / (heads / kv_heads)) * capacity;
     const int most = MASKED && mask_keys < capacity ? mask_keys : capacity;
-    const Visible visible = visible_keys(lengths, first, batch, q_len, window, most);
+    const Visible visible = visible_keys(lengths, first, batch, q_len, window, most, !MASKED);
     const u8* const shown = mask_bytes + static_cast<long long>(batch) * mask_batch + i * mask_query;
 
     float q[2 * STEPS], sum[2 * STEPS] = {}, top = minus_infinity(), total = 0.f;

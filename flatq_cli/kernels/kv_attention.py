@@ -42,17 +42,19 @@ def visible_keys(
     """Which keys each query sees, bool `[batch, q_len, capacity]`.
 
     Query i of sequence b stands at position lengths[b] - q_len + i and sees the keys first[b] … its own position, of
-    those only the last `window` if `window` > 0, and of those what `mask`, bool `[batch, q_len, keys]`, shows it.
+    those only the last `window` if `window` > 0. A `mask`, bool `[batch, q_len, keys]`, takes the place of the order:
+    then it sees what the mask shows it of the keys first[b] … lengths[b] - 1.
     """
     key = torch.arange(capacity, device=lengths.device)
     position = lengths.long().unsqueeze(1) - q_len + torch.arange(q_len, device=lengths.device)
-    seen = key <= position.unsqueeze(-1)
+    last = position.unsqueeze(-1) if mask is None else lengths.view(-1, 1, 1) - 1
+    seen = (key <= last).expand(-1, q_len, -1)
     if window > 0:
-        seen &= key > position.unsqueeze(-1) - window
+        seen = seen & (key > position.unsqueeze(-1) - window)
     if first is not None:
-        seen &= key >= first.view(-1, 1, 1)
+        seen = seen & (key >= first.view(-1, 1, 1))
     if mask is not None:
-        seen &= pad(mask, (0, capacity - mask.shape[-1]))
+        seen = seen & pad(mask, (0, capacity - mask.shape[-1]))
     return seen
 
 
@@ -321,11 +323,11 @@ def kv_attention(
         softmax_scale: factor on the scores, usually head_dim ** -0.5.
         first: int32 `[batch]`, the first key of each sequence (left padding lies before it). None: 0.
         window: how many keys a query sees at most, its own included. 0: all.
-        mask: bool `[batch, q_len, keys]`, any strides, keys at most the capacity: of these, only where it is True; keys
-            behind it are hidden. One row for all sequences may be expanded. None: all.
+        mask: bool `[batch, q_len, keys]`, any strides, keys at most the capacity: True where a query sees a key; keys
+            behind it are hidden. One row for all sequences may be expanded. None: the keys up to a query's position.
     Returns:
         Like `query`, contiguous: query i of sequence b stands at position lengths[b] - q_len + i and sees the keys
-        first[b] … its position, as far as window and mask show them. A query that sees nothing gives 0.
+        first[b] … its position, or those that the mask shows it. A query that sees nothing gives 0.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     Source: flash-decoding (https://pytorch.org/blog/flash-decoding/).

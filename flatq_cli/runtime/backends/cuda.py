@@ -15,15 +15,16 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 from flatq_cli.kernels.gemm import w4a4_gemm, w4a8_gemm
 from flatq_cli.kernels.kron_quant import KronMatrices, kron_quant, prepare_kron
-from flatq_cli.kernels.kv_attention import MAX_QUERY, kv_attention, visible_keys
+from flatq_cli.kernels.kv_attention import MAX_QUERY, kv_attention
 from flatq_cli.kernels.kv_quant import HALF_NAMES, kv_quant_
 from flatq_cli.runtime.backends.base import Backend
 from flatq_cli.runtime.backends.lazy import GatedActivation, LazyTensor, QuantizedActivation, Silu
@@ -99,7 +100,7 @@ class Cuda(Backend):
 
     def store(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], row: int) -> bool:
         """Rows into the cache by one launch; 4 and 8 asymmetric bits."""
-        return self.store_at(site, x, parts, torch.full((x.shape[0],), row, dtype=torch.int32, device=x.device))
+        return self.store_at(site, x, parts, _each(x.shape[0], row, x.device))
 
     def store_at(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], start: Tensor) -> bool:
         """The same: the kernel reads the row on the device in any case."""
@@ -122,44 +123,33 @@ class Cuda(Backend):
             return None
         if keys.zero is None or values.zero is None or (keys.start, keys.end) != (values.start, values.end):
             return None
-        seen = _seen_by_kernel(keys, mask, batch, tokens, query.device)
-        if seen is None:
-            return None
+        shown = None
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+                return None
+            shown = _by_row(mask, keys.start).expand(batch, -1, -1)
         return kv_attention(
             query,
             *(keys.codes, keys.scale, keys.zero),
             *(values.codes, values.scale, values.zero),
-            seen.lengths,
+            _each(batch, keys.end, query.device) if keys.lengths is None else keys.lengths,
             softmax_scale=1 / math.sqrt(head_dim) if scaling is None else scaling,
-            first=seen.first,
-            mask=seen.mask,
+            first=_each(batch, keys.start, query.device) if keys.start else None,
+            mask=shown,
         )
 
 
-class _Seen(NamedTuple):
-    """Which rows of a cache are attended to, as `kv_attention` takes it."""
-
-    lengths: Tensor
-    first: Tensor | None
-    mask: Tensor | None
+def _each(batch: int, number: int, device: torch.device) -> Tensor:
+    """The same number for each sequence, int32 `[batch]`."""
+    return torch.full((batch,), number, dtype=torch.int32, device=device)
 
 
-def _seen_by_kernel(
-    states: PackedStates, mask: Tensor | None, batch: int, tokens: int, device: torch.device
-) -> _Seen | None:
-    """What the kernel is told for sdpa's `mask`; None: it is one that the kernel does not take.
+def _by_row(mask: Tensor, start: int) -> Tensor:
+    """sdpa's mask over the keys from row `start` of a cache on, as one over all rows: `[batch or 1, tokens, rows]`.
 
-    Where the host knows the rows, the mask is looked at, and its left padding is not even read. Where only the device
-    does, nothing is: the kernel takes the mask as it is.
+    Nobody looks into it: that would wait for the GPU, and no graph can choose by what it finds.
     """
-    if states.lengths is not None:
-        fits = mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
-        return _Seen(states.lengths, None, mask[:, 0].expand(batch, -1, -1)) if fits and mask is not None else None
-    hidden = _hidden_before(mask, batch, tokens, states.end - states.start, device)
-    if hidden is None:
-        return None
-    lengths = torch.full((batch,), states.end, dtype=torch.int32, device=device)
-    return _Seen(lengths, hidden + states.start, None)
+    return functional.pad(mask[:, 0], (start, 0)) if start else mask[:, 0]
 
 
 class _FusedNorm:
@@ -211,30 +201,6 @@ def _fits(site: OnlineSite, x: Tensor) -> bool:
     """Whether there is a kernel for `site` on `x`."""
     transformed = site.left is not None or site.right is not None
     return transformed and site.feeds_linears and site.bits in ACTIVATION_BITS and x.dtype in HALF_NAMES
-
-
-def _hidden_before(mask: Tensor | None, batch: int, tokens: int, visible: int, device: torch.device) -> Tensor | None:
-    """How many keys lie before the first one that each sequence sees, int32 [batch], if `mask` is causal but for that
-    (left padding); None: another mask.
-
-    Args:
-        mask: bool [batch or 1, 1, tokens, visible], True where a query sees a key; None: causal.
-    """
-    if mask is None:
-        return torch.zeros(batch, dtype=torch.int32, device=device)
-    kept: tuple[int, Tensor | None] | None = getattr(mask, "_flatq_hidden", None)
-    # All blocks are given one mask: it is looked at once, which waits for the GPU once a step.
-    if kept is not None and kept[0] == visible:
-        return kept[1]
-    found = None
-    if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[-1] == visible:
-        seen = mask[:, 0].expand(batch, tokens, visible)
-        hidden = seen[:, -1].int().argmax(-1).to(torch.int32)
-        lengths = torch.full((batch,), visible, dtype=torch.int32, device=device)
-        if torch.equal(seen, visible_keys(lengths, hidden, 0, tokens, visible)):
-            found = hidden
-    mask._flatq_hidden = (visible, found)  # type: ignore[attr-defined]
-    return found
 
 
 def _clip(site: OnlineSite, device: torch.device) -> Tensor:

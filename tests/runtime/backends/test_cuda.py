@@ -17,6 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from flatq_cli.kernels.device import Kernel
 from flatq_cli.kernels.gemm import launch_w4_gemm
@@ -164,19 +165,6 @@ def test_a_prompt_and_its_continuation_go_through_the_kernels(llama: Path, calls
     assert calls["w4a8_gemm"] == 0
 
 
-def test_left_padding_reaches_the_attention_kernel_and_other_masks_do_not(eight: Path, calls: Counter[str]):
-    model = loaded(eight, "cuda")
-    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * PROMPT])
-    found, wanted = both(eight, attention_mask=padded)
-    assert close(found[0, 2:], wanted[0, 2:], 0.1)
-    assert close(found[1], wanted[1], 0.1)
-    assert calls["kv_attention"] == BLOCKS
-    holes = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1] * PROMPT])
-    with torch.no_grad():
-        model(tiny_tokens(2, PROMPT), attention_mask=holes)
-    assert calls["kv_attention"] == BLOCKS
-
-
 @pytest.mark.parametrize(
     ("sections", "used"),
     [
@@ -265,11 +253,15 @@ def test_decoding_on_the_emulator_stays_close_to_reference(eight: Path, emulated
         assert close(found, wanted, 0.1)
 
 
-# ---- A static cache: decode steps that are captured or compiled. ----
+# ---- Caches and masks; decode steps that are captured or compiled. ----
 
 
 def static_cache(model: PreTrainedModel, room: int = 24) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=room)
+
+
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config)
 
 
 @torch.no_grad()
@@ -292,15 +284,19 @@ PADDINGS = {
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_a_static_cache_goes_through_the_kernels_whatever_the_mask(padding: str, eight: Path, calls: Counter[str]):
+@pytest.mark.parametrize("make_cache", [static_cache, growing_cache])
+def test_every_mask_goes_to_the_attention_kernel(
+    padding: str, make_cache: Callable[[Any], Cache], directory: Path, calls: Counter[str]
+):
     mask = PADDINGS[padding]
     inputs = {} if mask is None else {"attention_mask": mask}
-    cuda_model, reference = loaded(eight, "cuda"), loaded(eight, "reference")
-    found = decoded(cuda_model, static_cache(cuda_model), **inputs)
-    # The prompt and each token, in each block; a mask of the prompt too, which the growing cache's path would refuse.
-    assert calls["kv_attention"] == BLOCKS * 5
-    assert calls["kv_quant_"] == 2 * BLOCKS * 5
-    wanted = decoded(reference, static_cache(reference), **inputs)
+    cuda_model, reference = loaded(directory, "cuda"), loaded(directory, "reference")
+    cache = make_cache(cuda_model)
+    found = decoded(cuda_model, cache, **inputs)
+    packed = sum(not isinstance(layer, StaticSlidingWindowLayer) for layer in cache.layers)
+    assert calls["kv_attention"] == packed * 5
+    assert calls["kv_quant_"] == 2 * packed * 5
+    wanted = decoded(reference, make_cache(reference), **inputs)
     for ours, theirs in zip(found, wanted, strict=True):
         seen = slice(2 if padding == "left" and ours.shape[1] > 1 else 0, None)
         assert close(ours[:, seen].float(), theirs[:, seen].float(), 0.1)
@@ -308,7 +304,25 @@ def test_a_static_cache_goes_through_the_kernels_whatever_the_mask(padding: str,
 
 def test_static_and_growing_caches_give_the_same_tokens_on_the_emulator(llama: Path, emulated: EmulatedDevice):
     model = loaded(llama, "cuda")
-    assert generated(model, cache=static_cache(model)) == generated(model, cache=DynamicCache(config=model.config))
+    assert generated(model, cache=static_cache(model)) == generated(model, cache=growing_cache(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_cache", [static_cache, growing_cache])
+def test_a_mask_of_the_caller_s_that_is_not_causal_is_followed(
+    make_cache: Callable[[Any], Cache], eight: Path, calls: Counter[str]
+):
+    found = []
+    for backend in ("cuda", "reference"):
+        model = loaded(eight, backend)
+        cache = make_cache(model)
+        rows = cache.get_mask_sizes(PROMPT, 0)[0]
+        mask = torch.zeros(2, 1, PROMPT, rows, dtype=torch.bool)
+        mask[..., :PROMPT] = True
+        mask[0, :, 3, 5] = False
+        found.append(model(tiny_tokens(2, PROMPT), attention_mask=mask, cache=cache, use_cache=True).logits.float())
+    assert calls["kv_attention"] == BLOCKS
+    assert close(*found, 0.1)
 
 
 class Launch(NamedTuple):

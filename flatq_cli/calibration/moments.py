@@ -28,7 +28,7 @@ LEAST_PART = 96
 
 
 class SecondMoment:
-    """Σ xᵀx over rows, in float32 whatever autocast says, of which what lies below the diagonal is not computed but copied.
+    """Σ xᵀx over rows, in float32 whatever autocast says; what lies below the diagonal is copied, not computed.
 
     Args:
         width: the length of a row.

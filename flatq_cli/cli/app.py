@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,45 +19,29 @@ from flatq_cli.cli.bench import bench_app
 from flatq_cli.cli.console import open_progress
 from flatq_cli.cli.devices import Device, resolve_device
 from flatq_cli.cli.errors import command_errors, usage_errors
-from flatq_cli.cli.evaluate import evaluate, merge, write_evaluation
-from flatq_cli.cli.gates import Gates, Junit, Markdown, read_gates
+from flatq_cli.cli.evaluate import evaluate, merge
 from flatq_cli.cli.generate import generate
 from flatq_cli.cli.options import (
     AsJson,
-    Baseline,
-    Batch,
-    DataDir,
     Debug,
     DeviceOption,
-    Fewshot,
     Format,
-    JsonFile,
-    Limit,
     Model,
     Overrides,
-    Ppl,
     Quiet,
     RecipeName,
     RemoteCode,
     RunArgument,
     RunDir,
-    Seqlen,
-    Tasks,
-    check_writable,
     last_run,
-    read_batch,
-    split_names,
 )
 from flatq_cli.cli.process import keep_freed_memory
 from flatq_cli.cli.report import report
+from flatq_cli.cli.run import run
+from flatq_cli.cli.runs import open_or_create_run, open_run, resolve_recipe
 from flatq_cli.cli.tables import show_json, show_mapping, show_rows
-from flatq_cli.config.presets import find_preset, load_preset, preset_names
-from flatq_cli.config.recipe import Recipe
-from flatq_cli.config.recipe_files import describe_recipe, load_recipe, recipe_names, recipe_stem
-
-if TYPE_CHECKING:
-    from flatq_cli.store.progress import Progress
-    from flatq_cli.store.run import Run
+from flatq_cli.config.presets import load_preset, preset_names
+from flatq_cli.config.recipe_files import describe_recipe, load_recipe, recipe_names
 
 
 class _Commands(TyperGroup):
@@ -109,7 +93,7 @@ def calibrate(
     Each block is saved as it is done: the same command, given again, goes on where it stopped.
     """
     with command_errors(debug), open_progress(quiet) as progress:
-        resolved = _resolve_recipe(model, recipe, overrides)
+        resolved = resolve_recipe(model, recipe, overrides)
         where = resolve_device(device)
         if dry_run:
             from flatq_cli.stages.plan import plan
@@ -119,7 +103,7 @@ def calibrate(
             return
         from flatq_cli.stages import calibrate as stage
 
-        opened = _open_or_create_run(model, recipe, resolved, run, trust_remote_code, progress)
+        opened = open_or_create_run(model, recipe, resolved, run, trust_remote_code, progress)
         result = stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code)
     _show_result("calibrate", result, as_json)
 
@@ -137,7 +121,7 @@ def fuse(
     with command_errors(debug), open_progress(quiet) as progress:
         from flatq_cli.stages import fuse as stage
 
-        result = stage.fuse(_open_run(run), resolve_device(device), progress, trust_remote_code=trust_remote_code)
+        result = stage.fuse(open_run(run), resolve_device(device), progress, trust_remote_code=trust_remote_code)
     _show_result("fuse", result, as_json)
 
 
@@ -157,7 +141,7 @@ def export(
     with command_errors(debug), open_progress(quiet) as progress:
         from flatq_cli.stages import export as stage
 
-        result = stage.export(_open_run(run), format, out, progress)
+        result = stage.export(open_run(run), format, out, progress)
     _show_result("export", result, as_json)
 
 
@@ -165,76 +149,7 @@ app.command(name="eval")(evaluate)
 app.command(name="eval merge")(merge)
 
 
-@app.command()
-def run(
-    model: Model,
-    recipe: RecipeName = "flatq",
-    run: RunDir = None,
-    overrides: Overrides = [],  # noqa: B006
-    format: Format = "flatq",
-    tasks: Tasks = [],  # noqa: B006
-    ppl: Ppl = [],  # noqa: B006
-    seqlen: Seqlen = 2048,
-    limit: Limit = None,
-    baseline: Baseline = None,
-    gates: Gates = [],  # noqa: B006
-    junit: Junit = None,
-    markdown: Markdown = None,
-    json_file: JsonFile = None,
-    batch: Batch = "1",
-    num_fewshot: Fewshot = None,
-    data_dir: DataDir = None,
-    device: DeviceOption = Device.auto,
-    trust_remote_code: RemoteCode = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Calibrate, fuse, export and eval in one go.
-
-    Without --ppl and --tasks, eval measures perplexity on the text `auto`. What is done already is not
-    done again: the same command, given again, goes on where it stopped.
-    """
-    with command_errors(debug), open_progress(quiet) as progress:
-        resolved = _resolve_recipe(model, recipe, overrides)
-        check_writable(json_file)
-        limits = read_gates(gates, junit, markdown)
-        from flatq_cli.evaluation.prompting import Prompting
-        from flatq_cli.stages import calibrate as calibrate_stage
-        from flatq_cli.stages import eval_request
-        from flatq_cli.stages import evaluate as evaluate_stage
-        from flatq_cli.stages import export as export_stage
-        from flatq_cli.stages import fuse as fuse_stage
-
-        where = resolve_device(device)
-        path = run or _default_run_dir(model, recipe)
-        request = eval_request.EvalRequest(
-            target=str(path),
-            tasks=split_names(tasks),
-            ppl=tuple(ppl) if ppl or split_names(tasks) else ("auto",),
-            seqlen=seqlen,
-            limit=limit,
-            baseline=baseline,
-            batch=read_batch(batch),
-            device=where,
-            prompting=Prompting(num_fewshot),
-            trust_remote_code=trust_remote_code,
-            data_dir=data_dir,
-            gates=limits,
-        )
-        eval_request.check_request(request)
-        opened = _open_or_create_run(model, recipe, resolved, path, trust_remote_code, progress)
-        results = {
-            "calibrate": calibrate_stage.calibrate(opened, where, progress, trust_remote_code=trust_remote_code),
-            "fuse": fuse_stage.fuse(opened, where, progress, trust_remote_code=trust_remote_code),
-            "export": export_stage.export(opened, format, None, progress),
-        }
-        if json_file != "-":
-            show_mapping(results)
-        evaluated = evaluate_stage.evaluate(request, progress)
-        export_stage.export(opened, format, None, progress)  # its model card gets the figures
-        write_evaluation(evaluated.to_json(), json_file, junit, markdown)
-
-
+app.command()(run)
 app.command()(generate)
 
 
@@ -332,43 +247,6 @@ def _version(asked: bool) -> None:
     if asked:
         print(f"flatq {__version__}")
         raise typer.Exit
-
-
-def _resolve_recipe(model: str, recipe: str, overrides: Sequence[str]) -> Recipe:
-    preset = find_preset(model)
-    return load_recipe(recipe, overrides, None if preset is None else preset.overrides)
-
-
-def _default_run_dir(model: str, recipe: str) -> Path:
-    """`runs/<model>-<recipe>`, the model by its preset, or by the last part of its hub id or path."""
-    path = Path(model)
-    name = path.resolve().name if path.exists() else path.name
-    return Path("runs") / f"{name.removesuffix('.gguf')}-{recipe_stem(recipe)}"
-
-
-def _open_or_create_run(
-    model: str, recipe: str, resolved: Recipe, run_dir: Path | None, trust_remote_code: bool, progress: Progress
-) -> Run:
-    from flatq_cli.stages.calibrate import open_or_create_run
-    from flatq_cli.store.last import remember_run
-
-    path = run_dir or _default_run_dir(model, recipe)
-    opened = open_or_create_run(
-        model, resolved, path, trust_remote_code, progress=progress, recipe_name=recipe_stem(recipe)
-    )
-    remember_run(path)
-    progress.log(f"run: {path}")
-    return opened
-
-
-def _open_run(path: Path | None) -> Run:
-    from flatq_cli.store.last import remember_run
-    from flatq_cli.store.run import Run
-
-    path = path or last_run()
-    opened = Run.open(path)
-    remember_run(path)
-    return opened
 
 
 def _is_table(value: Any) -> bool:

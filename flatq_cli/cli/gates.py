@@ -43,11 +43,16 @@ def read_gates(files: Sequence[str], junit: Path | None, markdown: Path | None) 
         UsageError: a gate file is wrong, a place cannot be written, or there are no gates to put into a JUnit file.
     """
     gates = load_gates(files)
+    check_reports(gates, junit, markdown)
+    return gates
+
+
+def check_reports(gates: Sequence[Gate], junit: Path | None, markdown: Path | None) -> None:
+    """Refuse a report of gates where there are none, and places that cannot be written. Raises UsageError."""
     if junit is not None and not gates:
         raise UsageError(f"--junit {junit}: reports gates, and there are none: add --gates FILE")
     check_writable(junit, "--junit")
     check_writable(markdown, "--markdown")
-    return gates
 
 
 def report_gates(data: Mapping[str, Any], junit: Path | None, markdown: Path | None) -> None:

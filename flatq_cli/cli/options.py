@@ -40,9 +40,9 @@ class Dtype(str, Enum):
 TASKS = "How tasks are asked"
 """The heading of options that are about tasks alone."""
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")
-]
+_MODEL = typer.Option("--model", "-m", help="A preset (`flatq models`), a hub id, a model directory, or a .gguf file.")
+Model = Annotated[str, _MODEL]
+AnyModel = Annotated[str | None, _MODEL]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A bundled recipe (`flatq recipes`) or a YAML file.")]
 RunDir = Annotated[Path | None, typer.Option("--run", help="The run's directory. (default: ./runs/MODEL-RECIPE)")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Change a recipe key. Repeatable.")]

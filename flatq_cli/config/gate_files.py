@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from flatq_cli.config.locations import configs_dir
 from flatq_cli.config.recipe import Frozen
-from flatq_cli.config.validation import file_layer, nearest, validate
+from flatq_cli.config.validation import Layer, file_layer, nearest, validate
 from flatq_cli.errors import UsageError
 
 Bound = Literal["max", "min", "max_relative", "min_relative"]
@@ -122,7 +122,24 @@ def load_gates(files: Sequence[str]) -> tuple[Gate, ...]:
     Raises:
         UsageError: no such file, a YAML error, an unknown key or a wrong value with its line, or two gates of one name.
     """
-    gates = [gate for file in files for gate in _read(file)]
+    return distinct([gate for file in files for gate in read_gates(file)])
+
+
+def read_gates(file: str) -> list[Gate]:
+    """The gates of one file, by its path or as the name of a bundled one. Raises as `load_gates`."""
+    layer = file_layer(_path(file), "gate file")
+    return settle(validate(GateFile, [layer]), layer)
+
+
+def settle(file: GateFile, layer: Layer) -> list[Gate]:
+    """Gates with what stands at the top of their file; `layer` is where the list `gates` was written."""
+    return [
+        _settled(entry, file, layer.where.get(("gates", index), layer.source)) for index, entry in enumerate(file.gates)
+    ]
+
+
+def distinct(gates: Sequence[Gate]) -> tuple[Gate, ...]:
+    """The gates, if each has a name of its own: results are kept by it. Raises UsageError otherwise."""
     seen: dict[str, Gate] = {}
     for gate in gates:
         if gate.name in seen:
@@ -133,16 +150,7 @@ def load_gates(files: Sequence[str]) -> tuple[Gate, ...]:
     return tuple(gates)
 
 
-def _read(file: str) -> list[Gate]:
-    layer = file_layer(_path(file), "gate file")
-    found = validate(GateFile, [layer])
-    return [
-        _settle(entry, found, layer.where.get(("gates", index), layer.source))
-        for index, entry in enumerate(found.gates)
-    ]
-
-
-def _settle(entry: GateEntry, file: GateFile, where: str) -> Gate:
+def _settled(entry: GateEntry, file: GateFile, where: str) -> Gate:
     bound, limit = next((bound, limit) for bound in _BOUNDS if (limit := getattr(entry, bound)) is not None)
     return Gate(
         name=entry.name or entry.metric,

@@ -26,7 +26,10 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(
-    recipe: str, overrides: Sequence[str] = (), preset_overrides: Mapping[str, Any] | None = None
+    recipe: str,
+    overrides: Sequence[str] = (),
+    preset_overrides: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Resolve a recipe.
 
@@ -34,12 +37,15 @@ def load_recipe(
         recipe: the name of a bundled recipe, or the path of a YAML file.
         overrides: `a.b=v` each, v read as YAML.
         preset_overrides: what a model preset changes, nested as in the file.
+        changes: what a pipeline file changes, nested in the same way; `overrides` are stronger.
     Raises:
         UsageError: no such recipe, a YAML error, an unknown key or a wrong value, with the place where it was written.
     """
     layers = [file_layer(_recipe_path(recipe), "recipe")]
     if preset_overrides:
         layers.insert(recipe in recipe_names(), plain_layer(preset_overrides, "the model preset"))
+    if changes:
+        layers.append(plain_layer(changes, "the pipeline's `set`"))
     layers += [_set_layer(option) for option in overrides]
     return validate(Recipe, layers)
 

@@ -85,6 +85,15 @@ def export(run: Run, format: str, out: Path | None, progress: Progress) -> dict[
     return {"path": path, **stage.manifest.metrics}
 
 
+def renew_card(run: Run, format: str, out: Path | None, progress: Progress) -> None:
+    """Let the model card of a finished export say what RUN/eval has by now. Others: as `export`."""
+    stage = run.stage(_place(run, format, out))
+    metrics, seconds = dict(stage.manifest.metrics), stage.manifest.seconds
+    _write_card(run, stage, metrics, progress)
+    if not stage.done:
+        stage.finish(metrics, seconds)
+
+
 def _place(run: Run, format: str, out: Path | None) -> str:
     """The name of the export's stage: its path from the run."""
     return f"{STAGE}/{format}" if out is None else os.path.relpath(out.resolve(), run.path.resolve())

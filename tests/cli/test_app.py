@@ -1,5 +1,6 @@
 """The commands: what they hand to the stages, what they print where, and the exit codes. Stages are stand-ins here."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -100,7 +101,12 @@ def stages(monkeypatch, tmp_path):
     )
     fakes.plan = module("stages", "plan", plan=record("plan", lambda model, recipe, *a, **k: FakePlan(recipe)))
     fakes.fuse = module("stages", "fuse", fuse=record("fuse", lambda *a, **k: {"bytes": 2**21}))
-    fakes.export = module("stages", "export", export=record("export", lambda *a, **k: {"path": "out", "seconds": 75.0}))
+    fakes.export = module(
+        "stages",
+        "export",
+        export=record("export", lambda *a, **k: {"path": "out", "seconds": 75.0}),
+        renew_card=record("card", lambda *a, **k: None),
+    )
     fakes.eval_request = module(
         "stages",
         "eval_request",
@@ -127,6 +133,10 @@ def stages(monkeypatch, tmp_path):
     fakes.compare = module("evaluation", "compare", compare=lambda paths: [{"name": path.name} for path in paths])
     module("store", "last", last_run=last_run, remember_run=last.append)
     module("store", "run", Run=types.SimpleNamespace(open=FakeRun))
+    # The real one, which takes its stages when it is imported: these. The stand-in before it has the old one put back.
+    module("stages", "pipeline")
+    del sys.modules["flatq_cli.stages.pipeline"]
+    importlib.import_module("flatq_cli.stages.pipeline")
     return fakes
 
 
@@ -328,7 +338,7 @@ def test_a_place_that_cannot_take_the_json_is_refused_before_anything_is_measure
 def test_run_does_all_four_stages_on_one_run(stages):
     result = flatq("run", "--model", "llama-3-8b", "--recipe", "rtn", "--ppl", "a.txt", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert stages.names() == ["check", "open", "calibrate", "fuse", "export", "eval", "export"]
+    assert stages.names() == ["check", "open", "calibrate", "fuse", "export", "eval", "card"]
     assert stages.calls[-2][1][0]["target"] == "runs/llama-3-8b-rtn"
     assert "19.26" in result.stdout
 

@@ -2,7 +2,8 @@
 
 One small model, one text to calibrate on, two to judge by, and four tasks of lm-eval from a folder (`FLATQ_DATA`). All
 of it through the `flatq` command, each method in each format a run of its own under --runs; what is there already is
-not done again, so a killed benchmark goes on, and a new method costs only itself.
+not done again, so a killed benchmark goes on, and a new method costs only itself. The rows are kept beside the page,
+docs/benchmarks/accuracy.json: those that were measured elsewhere stay until they are measured again.
 """
 
 from __future__ import annotations
@@ -114,21 +115,34 @@ def run_of(name: str, bits: str, runs: Path) -> Path:
     return runs / bits / name.replace(", ", "-").lower()
 
 
-def gather(runs: Path, tasks: bool) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every format, those of full precision first; methods that have not run are left out."""
+Rows = dict[str, list[dict[str, Any]]]
+"""The rows of every format, those of full precision first."""
+
+
+def gather(runs: Path, tasks: bool, known: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> Rows:
+    """The rows of every format; of methods that have not run here those of `known`, if it has them."""
     files = [runs / "float" / name for name in ("perplexity.json", "tasks.json")]
     baseline: dict[str, Any] = {}
     for file in files[: 2 if tasks else 1]:
         baseline |= {key: value for key, value in compare([file])[0].items() if value is not None}
     found = {}
     for bits in FORMATS:
+        earlier = {str(row["name"]): row for row in (known or {}).get(bits, ())}
         rows = [{**baseline, "name": BASELINE}]
         for name in METHODS:
             run = run_of(name, bits, runs)
             if (run / "eval" / "perplexity.json").exists():
-                rows.append({**compare([run])[0], "name": name})
+                rows.append({**shown(compare([run])[0]), "name": name})
+            elif name in earlier:
+                rows.append(dict(earlier[name]))
         found[bits] = rows
     return found
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page takes from a row of `flatq compare`."""
+    keys = (*(f"perplexity.{text}" for text in TEXTS), *(f"{task}.{metric}" for task, metric in TASKS.items()))
+    return {key: row[key] for key in (*keys, "seconds", "memory_bytes") if row.get(key) is not None}
 
 
 def page(found: Mapping[str, Sequence[Mapping[str, Any]]], versions: Mapping[str, str], note: str = "") -> str:
@@ -202,7 +216,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
             print(f"{bits}: {name}", file=sys.stderr)
             run_method(name, bits, options.runs, options.data, tasks)
     versions = json.loads((options.runs / "float" / "perplexity.json").read_text())["versions"]
-    options.out.write_text(page(gather(options.runs, tasks), versions, options.note), encoding="utf-8")
+    kept = options.out.with_suffix(".json")
+    known = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.exists() else None
+    found = gather(options.runs, tasks, known)
+    kept.write_text(json.dumps({"rows": found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    options.out.write_text(page(found, versions, options.note), encoding="utf-8")
 
 
 if __name__ == "__main__":

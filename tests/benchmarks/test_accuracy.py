@@ -74,3 +74,16 @@ def test_every_method_is_a_bundled_recipe_and_has_a_folder_of_its_own(name: str)
     assert load_recipe(METHODS[name].recipe, changed).weights.bits == 3
     folders = {run_of(other, "W3A16", Path("runs")) for other in METHODS}
     assert len(folders) == len(METHODS)
+
+
+def test_rows_of_another_machine_stay_until_they_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("float", "W4A16/rtn/eval"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "perplexity.json").write_text("{}")
+    monkeypatch.setattr(accuracy, "compare", lambda paths: [row("here", 5.0, 30.0)])
+    known = {"W4A16": [row(BASELINE), row("rtn", 8.0), row("balanced", 17.0, 22.4)], "W3A16": [row("spin", 1.0)]}
+    found = accuracy.gather(tmp_path, tasks=False, known=known)
+    assert [(item["name"], item.get("seconds")) for item in found["W4A16"][1:]] == [("rtn", 5.0), ("balanced", 17.0)]
+    assert found["W4A16"][1]["perplexity.wikitext2-eval"] == 30.0
+    assert [item["name"] for item in found["W3A16"]] == [BASELINE, "spin"]
+    assert [item["name"] for item in found["W4A4KV4"]] == [BASELINE]

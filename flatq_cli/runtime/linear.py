@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatq_cli.quantization.packing import codes_per_byte, pack, unpack
+from flatq_cli.quantization.packing import pack, packed_width, unpack
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
 from flatq_cli.runtime.backends.base import BackendModule
 from flatq_cli.runtime.backends.reference import REFERENCE
@@ -55,7 +55,7 @@ class PackedLinear(BackendModule):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.symmetric = bits, symmetric
         groups = in_features // group if group else 1
-        width = -(-in_features // codes_per_byte(bits))
+        width = packed_width(in_features, bits)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatq_cli.quantization.packing import codes_per_byte, pack, pack_int4, unpack, unpack_int4
+from flatq_cli.quantization.packing import pack, pack_int4, packed_width, unpack, unpack_int4
 from flatq_cli.quantization.quantizers import code_range
 
 BITS = [2, 3, 4, 5, 6, 8]
@@ -16,14 +16,9 @@ def random_codes(bits, symmetric, shape, seed):
 
 
 def reference_bytes(codes, bits):
-    """Bytes of one row by Python integers: fields of `bits` from the least significant end up."""
-    per_byte = {2: 4, 4: 2}.get(bits, 1)
-    field = 8 // per_byte
-    result = []
-    for start in range(0, len(codes), per_byte):
-        parts = (int(code) % 2**field << field * i for i, code in enumerate(codes[start : start + per_byte]))
-        result.append(sum(parts))
-    return result
+    """Bytes of one row by a Python integer: fields of `bits` from the least significant end up."""
+    row = sum((int(code) % 2**bits) << (bits * index) for index, code in enumerate(codes))
+    return list(row.to_bytes(-(-len(codes) * bits // 8), "little"))
 
 
 @given(
@@ -40,7 +35,7 @@ def test_packing_is_the_documented_bytes_and_loses_nothing(bits, symmetric, out,
     tensor = torch.from_numpy(codes).to(torch.uint8 if wide else torch.int8)
     packed = pack(tensor, bits)
     assert packed.dtype == torch.uint8
-    assert packed.shape == (out, -(-width // codes_per_byte(bits)))
+    assert packed.shape == (out, packed_width(width, bits))
     assert packed.tolist() == [reference_bytes(row, bits) for row in codes]
     assert torch.equal(packed, pack(tensor.float(), bits))  # as the quantizers give them
     unpacked = unpack(packed, bits, width, symmetric)
@@ -54,10 +49,18 @@ def test_an_even_index_is_the_low_nibble_in_twos_complement():
     assert unpack_int4(torch.tensor([[0xF1]], dtype=torch.uint8), 2, False).tolist() == [[1, 15]]
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_what_is_left_of_the_last_byte_is_zero(bits):
-    codes = torch.full((1, codes_per_byte(bits) + 1), -1, dtype=torch.int8)
-    assert pack(codes, bits).tolist() == [[255, 2**bits - 1]]
+def test_eight_codes_of_three_bits_take_three_bytes():
+    codes = torch.tensor([[0, 1, 2, 3, -4, -3, -2, -1]], dtype=torch.int8)
+    packed = pack(codes, 3)
+    assert packed.tolist() == [list(0b111_110_101_100_011_010_001_000.to_bytes(3, "little"))]
+    assert torch.equal(unpack(packed, 3, 8, True), codes)
+    assert unpack(packed, 3, 8, False).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(("bits", "width", "last"), [(2, 5, 3), (4, 3, 15), (3, 3, 1), (5, 2, 3), (6, 3, 3)])
+def test_what_is_left_of_the_last_byte_is_zero(bits, width, last):
+    codes = torch.full((1, width), -1, dtype=torch.int8)
+    assert pack(codes, bits)[0, -1] == last
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,9 @@ def read_export(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 def unpack(packed: np.ndarray, bits: int, width: int, symmetric: bool) -> np.ndarray:
-    field = {4: 4, 2: 2}.get(bits, 8)
-    parts = [(packed.astype(np.int64) >> shift) & (2**field - 1) for shift in range(0, 8, field)]
-    codes = np.stack(parts, -1).reshape(packed.shape[0], -1)[:, :width]
-    return np.where(codes >= 2 ** (field - 1), codes - 2**field, codes) if symmetric else codes
+    row = np.unpackbits(packed, axis=1, bitorder="little")[:, : width * bits].reshape(-1, width, bits)
+    codes = row.astype(np.int64) @ (1 << np.arange(bits))
+    return np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes) if symmetric else codes
 
 
 Settle = Callable[[str, np.ndarray, np.ndarray], np.ndarray]

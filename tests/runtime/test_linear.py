@@ -35,7 +35,7 @@ def test_output_is_that_of_the_fake_quant_linear_bit_for_bit(bits, group, symmet
     assert torch.equal(packed.to(dtype)(x), plain.to(dtype)(x))
 
 
-@pytest.mark.parametrize(("bits", "bytes_a_row"), [(2, 6), (3, 23), (4, 12), (8, 23)])
+@pytest.mark.parametrize(("bits", "bytes_a_row"), [(2, 6), (3, 9), (4, 12), (5, 15), (6, 18), (8, 23)])
 def test_weights_stay_packed_in_memory_also_for_odd_widths(bits, bytes_a_row):
     packed, plain = rounded_linear(bits, 0, True, width=23)
     x = torch.randn(2, 23)

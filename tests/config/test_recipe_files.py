@@ -44,7 +44,7 @@ def test_the_bundled_recipes_are_the_documented_ones_and_the_default_is_first():
     assert recipe_names()[0] == "flatq"
     assert set(recipe_names()) == {
         "flatq", "flatq-best", "flatquant", "balanced", "hadamard", "rtn", "smoothquant", "spin",
-        "w4a8kv8", "w4a16", "w8a8",
+        "w4a8kv8", "w4a16", "w3a16", "w8a8",
     }  # fmt: skip
 
 

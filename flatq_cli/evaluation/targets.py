@@ -38,7 +38,7 @@ class Target:
     Attributes:
         spec: what the user typed. kind: as in schema `flatq.eval/1`. recipe: the name of its recipe; None for float.
         location: its files; of a run those of the original model, whose config and tokenizer it has.
-        vocabulary: how many tokens its logits are about.
+        vocabulary: how many tokens its logits are about, where its config says so.
         tokenizer: its tokenizer. device, dtype: where and in what it computes.
         load: loads the whole model, on the CPU or where it pleases.
         source: its blocks, if it can be streamed. run: the run that it is.
@@ -49,7 +49,7 @@ class Target:
     kind: Kind
     recipe: str | None
     location: ModelLocation
-    vocabulary: int
+    vocabulary: int | None
     tokenizer: PreTrainedTokenizerBase
     device: str
     dtype: torch.dtype
@@ -163,8 +163,9 @@ def _run_target(spec: str, device: str, trust_remote_code: bool, dtype: torch.dt
     )
 
 
-def _vocabulary(config: PreTrainedConfig) -> int:
-    return int(config.get_text_config().vocab_size)
+def _vocabulary(config: PreTrainedConfig) -> int | None:
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
 
 
 def _compute_dtype(device: str, stored: Any) -> torch.dtype:

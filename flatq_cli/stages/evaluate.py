@@ -50,10 +50,14 @@ SHARDS = "shards"
 
 @dataclass
 class _Side:
-    """One of the models of an evaluation, and what is known of it so far."""
+    """One of the models of an evaluation, and what is known of it so far.
+
+    `totals`: how many windows it cuts each text into, in all shards together.
+    """
 
     target: Target
     answers: Answers
+    totals: dict[str, int] = field(default_factory=dict)
     windows: dict[str, WindowEvidence] = field(default_factory=dict)
     pairs: dict[str, PairEvidence] = field(default_factory=dict)
 
@@ -85,8 +89,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     name = result_name(request, [text.name for text in texts], contents)
     samples: list[str] = []
 
-    totals = _measure_texts(sides, texts, request, progress)
-    settings = _settings(request, contents, totals)
+    _measure_texts(sides, texts, request, progress)
     read = time.monotonic()
     results = []
     for number, side in enumerate(sides):
@@ -95,7 +98,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
         begun = time.monotonic()
         asked = None if tasks is None else _ask_tasks(side, tasks, request, progress, samples)
         seconds = time.monotonic() - begun + read - started
-        results.append(_result(side, asked, tasks, request, settings, seconds, name, progress))
+        results.append(_result(side, asked, tasks, request, contents, seconds, name, progress))
         side.target.unload()  # one model in memory at a time
         side.answers.close()
         gc.collect()
@@ -164,10 +167,8 @@ def _distinct(texts: list[Text]) -> list[Text]:
     return texts
 
 
-def _measure_texts(
-    sides: Sequence[_Side], texts: Sequence[Text], request: EvalRequest, progress: Progress
-) -> dict[str, int]:
-    """Fill `windows` and `pairs` of each side; returns how many windows a text has, in all shards together."""
+def _measure_texts(sides: Sequence[_Side], texts: Sequence[Text], request: EvalRequest, progress: Progress) -> None:
+    """Fill `totals`, `windows` and `pairs` of each side."""
     from flatq_cli.data.windows import evaluation_windows
 
     cut = [
@@ -176,11 +177,11 @@ def _measure_texts(
     ]
     for text, windows in zip(texts, cut, strict=True):
         _measure_text(sides, text.name, windows, request.shard, progress)
-        for side in sides:
+        for side, found in zip(sides, windows, strict=True):
+            side.totals[text.name] = len(found)
             evidence = side.windows[text.name]
             if evidence.losses:
                 progress.log(f"perplexity of {text.name}{_of(side, sides)}: {_perplexity(evidence).value:.4f}")
-    return {text.name: len(windows[0]) for text, windows in zip(texts, cut, strict=True)}
 
 
 def _measure_text(
@@ -194,7 +195,7 @@ def _measure_text(
     indices = [[index for index in range(len(found)) if index in shard] for found in windows]
     if len(sides) == 2:
         ours, theirs = sides
-        if torch.equal(*windows) and ours.target.vocabulary == theirs.target.vocabulary:
+        if torch.equal(*windows) and ours.target.vocabulary == theirs.target.vocabulary is not None:
             ours.windows[name], theirs.windows[name], ours.pairs[name] = measure_pair(
                 (ours.target, theirs.target), (ours.answers, theirs.answers), windows[0], indices[0], progress
             )
@@ -235,11 +236,16 @@ def _json_line(sample: Sample) -> str:
     return json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
-def _settings(request: EvalRequest, contents: dict[str, str], windows: dict[str, int]) -> dict[str, Any]:
-    """What decides the figures of both models, for those who join shards."""
+def _settings(side: _Side, request: EvalRequest, contents: dict[str, str]) -> dict[str, Any]:
+    """What decides the figures of a model, for those who join shards; {} where this is none."""
+    from flatq_cli.evaluation.identity import identity
+
+    if request.shard == WHOLE:
+        return {}
     return {
+        "model": identity(side.target, by_content=True),
         "contents": contents,
-        "windows": windows,
+        "windows": side.totals,
         "seqlen": request.seqlen,
         "limit": request.limit,
         "num_fewshot": request.prompting.num_fewshot,
@@ -254,13 +260,11 @@ def _result(
     asked: TaskResults | None,
     tasks: TaskSet | None,
     request: EvalRequest,
-    settings: dict[str, Any],
+    contents: dict[str, str],
     seconds: float,
     name: str,
     progress: Progress,
 ) -> EvalResult:
-    from flatq_cli.evaluation.identity import identity
-
     target = side.target
     result = EvalResult(
         target=target.spec,
@@ -277,7 +281,7 @@ def _result(
             pairs=side.pairs,
             tasks={} if asked is None else asked.evidence,
             groups={} if asked is None else asked.groups,
-            settings=settings if request.shard == WHOLE else {**settings, "model": identity(target, by_content=True)},
+            settings=_settings(side, request, contents),
         ),
         shard=request.shard,
         name=name,

@@ -19,7 +19,7 @@ from flatq_cli.stages.merge import merge
 from flatq_cli.store.progress import SilentProgress
 from flatq_cli.store.run import Run
 from tests.evaluation.own_tasks import GROUP, NAMES, write_own_tasks
-from tests.tiny import fused_run
+from tests.tiny import bpe_tokenizer, fused_run, random_model, save_model, tiny_config
 
 OF_THE_MACHINE = ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
@@ -140,6 +140,17 @@ def test_shards_of_one_model_that_lies_elsewhere_on_each_machine_are_joined(
         alone = {"target": str(place), "baseline": None, "tasks": (), "include_path": None, "prompting": Prompting()}
         two.append(measured(asked, shard=Shard(part, 2), **alone))
     assert merged(tmp_path, two)["perplexity"] == measured(asked, **{**alone, "target": str(model)})["perplexity"]
+
+
+def test_shards_of_models_with_other_tokens_are_joined(asked: EvalRequest, tmp_path: Path):
+    """Each cuts the text into windows of its own."""
+    letters = bpe_tokenizer("a", vocabulary=258, every_byte=True)
+    other = save_model(random_model(tiny_config("llama", vocab_size=258)), letters, tmp_path / "other")
+    alone = {"baseline": str(other), "tasks": (), "include_path": None, "prompting": Prompting(), "limit": None}
+    two = [measured(asked, shard=Shard(part, 2), **alone) for part in (1, 2)]
+    whole = measured(asked, **alone)
+    assert whole["perplexity"]["words"]["tokens"] != whole["baseline"]["perplexity"]["words"]["tokens"]
+    assert of_the_model(merged(tmp_path, two)) == of_the_model(whole)
 
 
 def test_broken_models_are_joined_too(asked: EvalRequest, parts, tmp_path: Path):

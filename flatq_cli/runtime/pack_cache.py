@@ -81,16 +81,18 @@ def _pack_static(cache: Any, sites: Sites) -> bool:
     """Layer by layer: all but those with a window that is shorter than the cache, which transformers rolls."""
     if len(cache.layers) != len(sites):
         return False
-    pairs = [(layer, key, value) for layer, (key, value) in zip(cache.layers, sites, strict=True)]
-    if not any(_to_pack(layer, key) for layer, key, _ in pairs):
+    packable = [_packable(layer, key) for layer, (key, _) in zip(cache.layers, sites, strict=True)]
+    # The length of a layer is on the device: it is asked for only where something would be packed, so once a cache.
+    if not any(packable) or any(layer.is_initialized and bool(layer.get_seq_length()) for layer in cache.layers):
         return False
-    if any(layer.is_initialized and bool(layer.get_seq_length()) for layer in cache.layers):
-        return False
-    cache.layers = [_packed(layer, key, value) if _to_pack(layer, key) else layer for layer, key, value in pairs]
+    cache.layers = [
+        _packed(layer, *pair) if wanted else layer
+        for layer, pair, wanted in zip(cache.layers, sites, packable, strict=True)
+    ]
     return True
 
 
-def _to_pack(layer: Any, key: OnlineSite) -> bool:
+def _packable(layer: Any, key: OnlineSite) -> bool:
     if type(layer) is PackedStaticLayer:
         return layer.key_rows.site is not key  # emptied, and used with another model now
     if type(layer) is StaticSlidingWindowLayer and not layer.is_croppable:

@@ -8,7 +8,7 @@ windows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,7 @@ def measure_windows(
     questions = asked.tolist()
     losses = answers.find(_LOSS, questions)
     missing = [place for place in range(len(questions)) if place not in losses]
-    for part in _slices(missing, asked, target.device):
+    for part in _slices(missing, asked, target.device, progress):
         logits = target.logits(asked[part], progress)
         for place in progress.track(part, "perplexity: windows"):
             losses[place] = window_loss(next(logits), asked[place])
@@ -65,7 +65,7 @@ def measure_pair(
     against = f"pair with {answers[1].identity}"
     pairs = answers[0].find(against, questions)
     missing = [place for place in range(len(questions)) if not all(place in found for found in (*losses, pairs))]
-    for part in _slices(missing, asked, targets[0].device):
+    for part in _slices(missing, asked, targets[0].device, progress):
         logits = [target.logits(asked[part], progress) for target in targets]
         for place in progress.track(part, "perplexity: windows"):
             ours, theirs = (next(one) for one in logits)
@@ -85,7 +85,7 @@ def _evidence(losses: dict[int, Any], indices: Sequence[int], windows: Tensor) -
     return WindowEvidence(tuple(indices), values, len(values) * seqlen, seqlen)
 
 
-def _slices(places: Sequence[int], windows: Tensor, device: str) -> Iterator[list[int]]:
+def _slices(places: Sequence[int], windows: Tensor, device: str, progress: Progress) -> Iterable[list[int]]:
     size = max(1, _SLICE_TOKENS.get(device, _SLICE_TOKENS["cuda"]) // windows.shape[1])
-    for start in range(0, len(places), size):
-        yield list(places[start : start + size])
+    parts = [list(places[start : start + size]) for start in range(0, len(places), size)]
+    return progress.track(parts, "perplexity: slices of the text") if len(parts) > 1 else parts

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from flatq_cli.data.texts import Text
     from flatq_cli.evaluation.harness import TaskSet
+    from flatq_cli.evaluation.perplexity import Perplexity
     from flatq_cli.evaluation.targets import Target
     from flatq_cli.evaluation.tasks import Sample, TaskResults
 
@@ -90,6 +91,8 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     samples: list[str] = []
 
     _measure_texts(sides, texts, request, progress)
+    for side in sides[1:]:
+        side.target.unload()  # one model in memory at a time
     read = time.monotonic()
     results = []
     for number, side in enumerate(sides):
@@ -99,7 +102,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
         asked = None if tasks is None else _ask_tasks(side, tasks, request, progress, samples)
         seconds = time.monotonic() - begun + read - started
         results.append(_result(side, asked, tasks, request, contents, seconds, name, progress))
-        side.target.unload()  # one model in memory at a time
+        side.target.unload()
         side.answers.close()
         gc.collect()
     if request.log_samples is not None:
@@ -290,7 +293,7 @@ def _result(
     return result
 
 
-def _perplexity(evidence: WindowEvidence) -> Any:
+def _perplexity(evidence: WindowEvidence) -> Perplexity:
     from flatq_cli.evaluation.perplexity import perplexity
 
     return perplexity(evidence.losses, evidence.seqlen)

@@ -381,14 +381,17 @@ def _check_mask(mask: Tensor, batch: int, q_len: int, capacity: int) -> None:
 
 
 def report_cases(limits: DeviceLimits) -> list[Case]:
-    """Decode and a draft of 4 tokens, 4 query heads a KV head, at the head sizes of the Llama and Qwen families."""
-    return [_report_case(limits, head_dim, q_len) for head_dim in (64, 128) for q_len in (1, 4)]
+    """Decode, also with a mask, and a draft of 4 tokens; 4 query heads a KV head, at the head sizes of the Llama and
+    Qwen families.
+    """
+    kinds = ((1, False), (1, True), (4, False))
+    return [_report_case(limits, head_dim, q_len, masked) for head_dim in (64, 128) for q_len, masked in kinds]
 
 
-def _report_case(limits: DeviceLimits, head_dim: int, q_len: int) -> Case:
+def _report_case(limits: DeviceLimits, head_dim: int, q_len: int, masked: bool) -> Case:
     """Per token here means per key: what a key costs, the query and the merging included."""
     kv_heads, group, capacity = 2, 4, 16384
-    plan = plan_kv_attention(1, kv_heads, group * q_len, head_dim, capacity, 4, torch.float16, limits)
+    plan = plan_kv_attention(1, kv_heads, group * q_len, head_dim, capacity, 4, torch.float16, limits, masked=masked)
 
     def run(device: Device) -> None:
         generator = torch.Generator().manual_seed(head_dim + q_len)
@@ -399,14 +402,17 @@ def _report_case(limits: DeviceLimits, head_dim: int, q_len: int) -> Case:
             scale = torch.rand(1, kv_heads, capacity, generator=generator)
             parts.append((codes, scale, torch.full((1, kv_heads, capacity), 7, dtype=torch.uint8)))
         lengths = torch.tensor([capacity], dtype=torch.int32)
-        launch_kv_attention(device, query, parts[0], parts[1], lengths, head_dim**-0.5)
+        mask = torch.ones(1, q_len, capacity, dtype=torch.bool) if masked else None
+        launch_kv_attention(device, query, parts[0], parts[1], lengths, head_dim**-0.5, mask=mask)
 
     least = Least(
-        sectors=kv_heads * (head_dim + 10) / 32 + 2 * kv_heads * group * q_len * head_dim * 2 / 32 / capacity,
+        sectors=kv_heads * (head_dim + 10) / 32
+        + q_len * masked / 32
+        + 2 * kv_heads * group * q_len * head_dim * 2 / 32 / capacity,
         mma=kv_heads * -(-group * q_len // 16) * 2 * head_dim / 128,
     )
     return Case(
-        f"kv_attention[int4,f16,q{q_len}]",
+        f"kv_attention[int4,f16,q{q_len}{',mask' if masked else ''}]",
         head_dim,
         capacity,
         plan.kernel,

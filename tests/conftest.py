@@ -37,13 +37,15 @@ def _float32_matmuls():
 @pytest.fixture(scope="session", autouse=True)
 def _no_answers_of_another_session(tmp_path_factory: pytest.TempPathFactory):
     """`flatq eval` keeps answers in the user's cache: none of another session is taken, none is left. Compiled kernels
-    are kept where they were. In the environment, for the processes that tests start.
+    are taken from where the caller of pytest says, if he does. In the environment, for the processes that tests start.
     """
     from flatq_cli.kernels.compiler import cache_dir
 
-    kernels, own = cache_dir(), tmp_path_factory.mktemp("cache")
-    kernels.mkdir(parents=True, exist_ok=True)
-    (own / "kernels").symlink_to(kernels.resolve())
+    own = tmp_path_factory.mktemp("cache")
+    if "FLATQ_CACHE_DIR" in os.environ:
+        kernels = cache_dir()
+        kernels.mkdir(parents=True, exist_ok=True)
+        (own / "kernels").symlink_to(kernels.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLATQ_CACHE_DIR", str(own))
         yield

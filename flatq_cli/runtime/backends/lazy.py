@@ -14,6 +14,7 @@ from the graph once it is traced, and its parts stay.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     Likeness = Tensor  # whoever is given one may use it as the tensor it stands for
 else:
     Likeness = object
+
+
+PRODUCTS = (operator.mul, torch.mul, Tensor.mul, Tensor.__mul__)
+"""How torch says a · b."""
 
 
 class LazyTensor(Likeness):
@@ -82,9 +87,11 @@ class LazyTensor(Likeness):
     ) -> Any:
         """A function of torch that is given one: on the floats."""
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], LazyTensor) and (name.rstrip("_") == name[:-1] or kwargs.get("inplace")):
-            raise _in_place(name)
+        # The compiler does not tell the name of every function.
+        if not torch.compiler.is_compiling() and args and isinstance(args[0], LazyTensor):
+            name = getattr(func, "__name__", "")
+            if name.rstrip("_") == name[:-1] or kwargs.get("inplace"):
+                raise _in_place(name)
         args, kwargs = pytree.tree_map(_values, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -171,7 +178,7 @@ class Silu(LazyTensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """A product, if it is one; `torch.compile` takes operators for functions of torch."""
-        if getattr(func, "__name__", "") in ("mul", "__mul__") and len(args) == 2 and not kwargs:
+        if func in PRODUCTS and len(args) == 2 and not kwargs:
             silu, other = args if isinstance(args[0], cls) else reversed(args)
             return silu.__mul__(other)
         return super().__torch_function__(func, types, args, kwargs)

@@ -147,7 +147,9 @@ def test_a_compiled_function_passes_it_on_without_a_graph_break(backend):
         product = Silu(gate) * up
         codes, scale, _ = quantize(product.up + product.gate, 8, True)  # only a product that waits has these
         quantized = QuantizedActivation(codes, scale, None, up.shape, up.dtype, 8)
-        return quantized.float().sum(-1) + torch.cat([product, quantized], 1)[:, :5].sum(-1) - (1 + product)[..., 0]
+        sums = functional.linear(quantized, up[0]).sum(-1) + functional.linear(Silu(gate), up[0]).sum(-1)
+        sums = sums + torch.mul(up, Silu(gate)).up.sum(-1) + torch.cat([product, quantized], 1)[:, :5].sum(-1)
+        return sums.float() + quantized.float().sum(-1) - (1 + product)[..., 0]
 
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(run, backend=backend, fullgraph=True)(gate, up), run(gate, up))

@@ -17,13 +17,16 @@ from flatq_cli.cli.options import (
     AnyModel,
     Baseline,
     Batch,
+    ChatTemplate,
     DataDir,
     Debug,
     DeviceOption,
     Fewshot,
     Format,
+    IncludePath,
     JsonFile,
     Limit,
+    LogSamples,
     Overrides,
     Ppl,
     Quiet,
@@ -31,6 +34,7 @@ from flatq_cli.cli.options import (
     RemoteCode,
     RunDir,
     Seqlen,
+    SystemInstruction,
     Tasks,
     check_writable,
     read_batch,
@@ -63,7 +67,11 @@ def run(
     json_file: JsonFile = None,
     batch: Batch = "1",
     num_fewshot: Fewshot = None,
+    apply_chat_template: ChatTemplate = False,
+    system_instruction: SystemInstruction = None,
     data_dir: DataDir = None,
+    include_path: IncludePath = None,
+    log_samples: LogSamples = None,
     device: DeviceOption = Device.auto,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
@@ -93,7 +101,11 @@ def run(
             "json_file": json_file,
             "batch": read_batch(batch),
             "num_fewshot": num_fewshot,
+            "apply_chat_template": apply_chat_template,
+            "system_instruction": system_instruction,
             "data_dir": data_dir,
+            "include_path": include_path,
+            "log_samples": log_samples,
             "device": device.value,
             "trust_remote_code": trust_remote_code,
         }
@@ -106,11 +118,11 @@ def run(
         check_reports(limits, *reports)
         where = resolve_device(Device(pipeline.device))
         from flatq_cli.stages import pipeline as stage
-        from flatq_cli.stages.eval_request import check_request
+        from flatq_cli.stages.evaluate import check_all
 
         path = _path(pipeline.run) or default_run_dir(pipeline.model, pipeline.recipe)
         request = stage.evaluation_of(pipeline, limits, path, where)
-        check_request(request)
+        check_all(request, progress)  # an hour of calibration is no way to find a misspelt name
         opened = open_or_create_run(
             pipeline.model, pipeline.recipe, resolved, path, pipeline.trust_remote_code, progress
         )
@@ -120,12 +132,15 @@ def run(
         write_evaluation(outcome.evaluated.to_json(), step.json_file, *reports)
 
 
-_OF_EVAL = "tasks ppl seqlen limit baseline junit markdown batch num_fewshot data_dir"
+_OF_EVAL = (
+    *("tasks", "ppl", "seqlen", "limit", "baseline", "junit", "markdown", "batch", "num_fewshot", "data_dir"),
+    *("apply_chat_template", "system_instruction", "include_path", "log_samples"),
+)
 _PLACES = {
     "format": "export.format",
     "gates": "gate_files",
     "json_file": "eval.json",
-    **{name: f"eval.{name}" for name in _OF_EVAL.split()},
+    **{name: f"eval.{name}" for name in _OF_EVAL},
 }
 """Where options stand in a pipeline file, if not under their own name."""
 

@@ -72,21 +72,13 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
             names what is not measured.
         WorkError: the harness failed, or the disk is full.
     """
-    from flatq_cli.evaluation.harness import load_tasks
-
     check_request(request)
     take_peak()  # what was needed before is not the evaluation's
     started = time.monotonic()
     sides = [_open_side(request, progress)]
-    contents: dict[str, str] = {}
-    read_text = partial(_read_text, contents=contents, warn=progress.log)
-    texts = _distinct([read_text(spec) for spec in dict.fromkeys(request.ppl)])
-    tasks = load_tasks(request.tasks, read_text, request.data_dir, request.include_path) if request.tasks else None
+    texts, tasks, contents = _open_questions(request, progress)
     if request.baseline is not None:
         sides.append(_open_side(replace(request, target=request.baseline, backend=None), progress))
-    if tasks is not None:
-        contents |= {questions.sha256: f"questions of {task}" for task, questions in tasks.data.items()}
-    check_gates(request.gates, [text.name for text in texts], tasks, baseline=len(sides) == 2)
     name = result_name(request, [text.name for text in texts], contents)
     samples: list[str] = []
 
@@ -113,6 +105,20 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     if (Path(request.target) / "run.yaml").is_file():
         keep_result(Path(request.target), result, progress)
     return result
+
+
+def check_all(request: EvalRequest, progress: Progress) -> None:
+    """Find what would end `evaluate`, before there is a target: texts, tasks and their questions, gates, the baseline.
+
+    Raises:
+        UsageError: as `evaluate`.
+    """
+    from flatq_cli.evaluation.targets import open_target
+
+    check_request(request)
+    _open_questions(request, progress)
+    if request.baseline is not None:
+        open_target(request.baseline, request.device, request.trust_remote_code)
 
 
 def keep_result(run: Path, result: EvalResult, progress: Progress) -> None:
@@ -146,6 +152,24 @@ def _open_side(request: EvalRequest, progress: Progress) -> _Side:
     target.backend = request.backend
     folder = cache_dir() / FOLDER if target.run is None else target.run.path / FOLDER
     return _Side(target, Answers(folder / ANSWERS if request.cache else None, identity(target), progress.log))
+
+
+def _open_questions(request: EvalRequest, progress: Progress) -> tuple[list[Text], TaskSet | None, dict[str, str]]:
+    """The texts and the tasks that a request names, and what is in them: a name by each SHA-256.
+
+    Raises:
+        UsageError: one of them cannot be had, or a gate limits something else.
+    """
+    from flatq_cli.evaluation.harness import load_tasks
+
+    contents: dict[str, str] = {}
+    read_text = partial(_read_text, contents=contents, warn=progress.log)
+    texts = _distinct([read_text(spec) for spec in dict.fromkeys(request.ppl)])
+    tasks = load_tasks(request.tasks, read_text, request.data_dir, request.include_path) if request.tasks else None
+    if tasks is not None:
+        contents |= {questions.sha256: f"questions of {task}" for task, questions in tasks.data.items()}
+    check_gates(request.gates, [text.name for text in texts], tasks, baseline=request.baseline is not None)
+    return texts, tasks, contents
 
 
 def _read_text(spec: str, contents: dict[str, str], warn: Callable[[str], None]) -> Text:

@@ -111,12 +111,12 @@ def stages(monkeypatch, tmp_path):
         "stages",
         "eval_request",
         EvalRequest=lambda **options: options,
-        check_request=record("check", lambda request: None),
     )
     fakes.evaluate = module(
         "stages",
         "evaluate",
         evaluate=record("eval", lambda *a, **k: FakeResult(FIGURES)),
+        check_all=record("check", lambda request, progress: None),
     )
     fakes.inspect = module(
         "stages",
@@ -344,7 +344,7 @@ def test_run_does_all_four_stages_on_one_run(stages):
 
 
 def test_run_refuses_wrong_questions_before_it_works(stages, monkeypatch):
-    monkeypatch.setattr(stages.eval_request, "check_request", failing(UsageError("piqa.jsonl:9: no field 'gold'")))
+    monkeypatch.setattr(stages.evaluate, "check_all", failing(UsageError("piqa.jsonl:9: no field 'gold'")))
     result = flatq("run", "--model", "llama-3-8b", "--tasks", "piqa", "--data-dir", "mirror", "--device", "cpu")
     assert (result.exit_code, result.stderr) == (2, "flatq: piqa.jsonl:9: no field 'gold'\n")
     assert stages.calls == []

@@ -76,3 +76,39 @@ def test_options_beside_a_file_replace_what_it_says(place: Path):
 def test_without_a_pipeline_one_line_says_what_is_missing(place: Path, arguments: tuple[str, ...], line: str):
     said = here("run", *arguments)
     assert (said.code, said.stderr.strip(), said.stdout) == (2, line, "")
+
+
+def test_options_of_tasks_reach_the_evaluation(place: Path):
+    write(place, "asked", 1e6)  # the text has no sentences, and so no last words to ask for
+    said = here(
+        *(
+            "run",
+            "asked.yaml",
+            "--tasks",
+            "lastword:text.txt",
+            "--system-instruction",
+            "Read.",
+            "--log-samples",
+            "s.jsonl",
+        ),
+        *("--limit", "1", "--json", "-", "--quiet"),
+    )
+    assert said.code == 2, said.stderr
+    assert "holds no passage" in said.stderr
+    assert not (place / "asked").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--ppl", "none.txt"), "none.txt"),
+        (("--tasks", "piqqa"), "piqqa"),
+        (("--baseline", "nobody/nothing"), "nobody/nothing"),
+        (("--gates", "tasks"), "acc_drop"),
+    ],
+)
+def test_what_eval_would_end_with_is_found_before_a_run_is_made(place: Path, options: tuple[str, ...], words: str):
+    said = here("run", write(place, "early", 1e6), *options)
+    assert said.code == 2, said.stderr
+    assert words in said.stderr
+    assert not (place / "early").exists()

@@ -82,7 +82,7 @@ def _pack_static(cache: Any, sites: Sites) -> bool:
     if len(cache.layers) != len(sites):
         return False
     packable = [_packable(layer, key) for layer, (key, _) in zip(cache.layers, sites, strict=True)]
-    # The length of a layer is on the device: it is asked for only where something would be packed, so once a cache.
+    # A layer's length is on the device: it is asked for only where something could be packed, before the prompt.
     if not any(packable) or any(layer.is_initialized and bool(layer.get_seq_length()) for layer in cache.layers):
         return False
     cache.layers = [

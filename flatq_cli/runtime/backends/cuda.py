@@ -7,7 +7,7 @@
     attend      kv_attention: a few queries read the packed cache directly
 
 What no kernel is for (weights that are not symmetric 4-bit codes, activations left in floating point, a site without
-a matrix, long prompts' attention) is computed as `reference` does, on the GPU.
+a matrix or with one that is too large, long prompts' attention) is computed as `reference` does, on the GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 from flatq_cli.kernels.gemm import w4a4_gemm, w4a8_gemm
-from flatq_cli.kernels.kron_quant import KronMatrices, kron_quant, prepare_kron
+from flatq_cli.kernels.kron_quant import GREATEST_FACTOR, KronMatrices, kron_quant, prepare_kron
 from flatq_cli.kernels.kv_attention import MAX_QUERY, kv_attention
 from flatq_cli.kernels.kv_quant import HALF_NAMES, kv_quant_
 from flatq_cli.runtime.backends.base import Backend
@@ -199,8 +199,9 @@ def _gates_of_sites(model: nn.Module) -> list[nn.Module]:
 
 def _fits(site: OnlineSite, x: Tensor) -> bool:
     """Whether there is a kernel for `site` on `x`."""
-    transformed = site.left is not None or site.right is not None
-    return transformed and site.feeds_linears and site.bits in ACTIVATION_BITS and x.dtype in HALF_NAMES
+    sizes = [len(matrix) for matrix in (site.left, site.right) if matrix is not None]
+    small = bool(sizes) and max(*sizes, site.width // sizes[0]) <= GREATEST_FACTOR
+    return small and site.feeds_linears and site.bits in ACTIVATION_BITS and x.dtype in HALF_NAMES
 
 
 def _clip(site: OnlineSite, device: torch.device) -> Tensor:

@@ -24,7 +24,9 @@ from flatq_cli.kernels.gemm import launch_w4_gemm
 from flatq_cli.kernels.kron_quant import launch_kron_quant
 from flatq_cli.kernels.kv_attention import launch_kv_attention
 from flatq_cli.kernels.kv_quant import launch_kv_quant
-from flatq_cli.runtime.backends import QuantizedActivation, available, cuda, set_backend
+from flatq_cli.runtime.backends import BACKENDS, QuantizedActivation, available, cuda, set_backend
+from flatq_cli.runtime.layout import SiteLayout
+from flatq_cli.runtime.sites import OnlineSite
 from flatq_cli.stages.export import export
 from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
@@ -184,6 +186,20 @@ def test_what_has_no_kernel_is_computed_as_reference_does(
     found, wanted = both(exported(tmp_path, "llama", **{**EIGHT, **sections}))
     assert close(found, wanted, 0.1)
     assert {name for name, count in calls.items() if count} - IN_FRONT == used
+
+
+@pytest.mark.parametrize(("width", "n1", "kernels"), [(263, 1, 0), (2 * 263, 2, 0), (256, 1, 1), (24, 4, 1)])
+def test_a_factor_that_is_too_large_for_the_kernel_is_multiplied_by_torch(
+    width: int, n1: int, kernels: int, calls: Counter[str]
+):
+    sizes = {"width": width, "n1": n1, "n2": width // n1, "left": True, "right": True}
+    site = OnlineSite(SiteLayout("attn_in", **sizes, diag=False, bits=8, symmetric=True, clip=False))
+    x = torch.randn(3, width, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
+    wanted = site(x)
+    site.backend = BACKENDS["cuda"]
+    found = site(x)
+    assert calls["kron_quant"] == kernels
+    assert close(found.float(), wanted.float(), 0.01)
 
 
 def test_a_norm_gives_codes_itself_until_another_backend_is_chosen(llama: Path, calls: Counter[str]):

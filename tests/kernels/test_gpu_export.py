@@ -32,9 +32,15 @@ def eight(request, tmp_path_factory):
     return exported(tmp_path_factory.mktemp("run"), request.param, **EIGHT)
 
 
-@pytest.fixture(scope="module", params=[4, 8])
-def llama(request, tmp_path_factory):
-    return exported(tmp_path_factory.mktemp("run"), "llama", **(EIGHT if request.param == 8 else {}))
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """At 4 bits."""
+    return exported(tmp_path_factory.mktemp("run"), "llama")
+
+
+@pytest.fixture(scope="module")
+def llama_at_eight(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("run"), "llama", **EIGHT)
 
 
 def loaded(directory, backend="cuda"):
@@ -118,9 +124,9 @@ def test_compiled_steps_in_cuda_graphs_give_what_eager_steps_give(llama):
     torch.testing.assert_close(decoded(model, static_cache(model), compiled), expected)
 
 
-def test_steps_as_generate_compiles_them_stay_near(eight):
+def test_steps_as_generate_compiles_them_stay_near(llama_at_eight):
     pytest.importorskip("triton")
-    model = loaded(eight)
+    model = loaded(llama_at_eight)
     expected = decoded(model, static_cache(model))
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, mode="reduce-overhead")

@@ -41,13 +41,17 @@ def test_kernels_that_fail_or_are_wrong_are_a_reason(monkeypatch):
     def broken(*_: object) -> torch.Tensor:
         raise RuntimeError("no such kernel\nand more")
 
-    cpu._kernels_fail.cache_clear()
+    def forget() -> None:
+        cpu._kernels_fail.cache_clear()
+        cpu.int8_is_exact.cache_clear()
+
+    forget()
     monkeypatch.setattr(cpu, "_int8_product", broken)
     assert available()["cpu"].endswith("no such kernel")
-    cpu._kernels_fail.cache_clear()
-    monkeypatch.setattr(cpu, "_int8_product", lambda *_: torch.zeros(4, 16))
+    forget()
+    monkeypatch.setattr(cpu, "_int8_product", lambda *_: torch.zeros(2, 16))
     assert "wrongly" in available()["cpu"]
-    cpu._kernels_fail.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(

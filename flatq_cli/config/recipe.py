@@ -120,7 +120,7 @@ class TuneSpec(Frozen):
     model's next-token distribution. Sequences and batches are those of `calibration`, as many as the text has.
     """
 
-    steps: Annotated[int, Field(ge=0)] = Field(36, description="steps of tuning after rounding; 0: none")
+    steps: Annotated[int, Field(ge=0)] = Field(28, description="steps of tuning after rounding; 0: none")
     learning_rate: Annotated[float, Field(gt=0)] = Field(4e-4, description="AdamW's rate")
     clip_rate: Annotated[float, Field(gt=0)] = Field(20.0, description="how many times faster clips learn")
     warmup: Annotated[int, Field(ge=0)] = Field(8, description="steps over which the rate rises")

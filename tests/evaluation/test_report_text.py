@@ -36,7 +36,7 @@ def test_settings_say_what_the_recipe_says():
     assert words["weights"].startswith("4 bits, symmetric, one scale for each output channel, rounded by GPTQ on 128 ×")
     assert words["KV cache"] == "4 bits, asymmetric, one scale for each token and head, clips searched"
     assert "no training" in words["calibration"]
-    assert words["tuning after rounding"].startswith("36 steps")
+    assert words["tuning after rounding"].startswith(f"{load_recipe('flatq').tune.steps} steps")
 
 
 def test_settings_of_a_recipe_without_the_parts():

@@ -71,7 +71,8 @@ def test_random_transforms_at_every_site_leave_the_logits_as_they_were(tmp_path:
     with torch.no_grad():
         original = source.assemble()(tiny_tokens()).logits
     transforms = [random_transforms(layouts_of(source), seed) for seed in range(source.num_blocks)]
-    assert relative(folded_logits(source, transforms), original) < 1e-5
+    # float32: how sums are ordered, and with it the last digits, differs from one CPU to the next.
+    assert relative(folded_logits(source, transforms), original) < 3e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from flatq_cli.errors import UsageError
+from flatq_cli.evaluation.result import read_result
 from flatq_cli.store.run import Run
 
 Row = dict[str, Any]
@@ -35,7 +34,7 @@ def compare(paths: list[Path]) -> list[Row]:
 
 def _file_row(path: Path, float_bytes: dict[str, float | None]) -> Row:
     """The row of a result file; a float model that one of the runs was made from has the size it has in 16 bits."""
-    result = _read(path)
+    result = read_result(path)
     size = float_bytes.get(result["target"]) if result["kind"] == "float" else None
     compression = 1.0 if size else None
     unknown = {"seconds": None, "memory_bytes": None}
@@ -50,7 +49,7 @@ def _run_row(path: Path) -> Row:
     peaks = [run.stage(name).manifest.peak_memory_bytes for name in _MADE_BY]
     return {
         "name": path.name,
-        **_figures([_read(file) for file in results]),
+        **_figures([read_result(file) for file in results]),
         "bytes": size,
         "compression": float_bytes / size if size and float_bytes else None,
         "seconds": seconds or None,
@@ -80,15 +79,3 @@ def _export_sizes(run: Run) -> tuple[int | None, float | None]:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     float_bytes = run.stage(f"export/{folder.name}").manifest.metrics.get("float16_bytes")
     return size or None, float(float_bytes) if isinstance(float_bytes, int | float) else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error})") from error
-    if not isinstance(result, dict) or result.get("schema") != "flatq.eval/1":
-        raise UsageError(f"{path}: not a result of `flatq eval --json` (schema flatq.eval/1)")
-    return result

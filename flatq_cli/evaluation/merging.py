@@ -7,7 +7,6 @@ together, or is not all there, is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from flatq_cli.evaluation.aggregate import aggregate
 from flatq_cli.evaluation.evidence import Evidence, PairEvidence, TaskEvidence, WindowEvidence
 from flatq_cli.evaluation.evidence_json import evidence_from_json
 from flatq_cli.evaluation.perplexity import perplexity
-from flatq_cli.evaluation.result import SCHEMA, EvalResult
+from flatq_cli.evaluation.result import EvalResult, read_result
 from flatq_cli.store.memory import Peak
 
 
@@ -53,16 +52,11 @@ def merge(files: Sequence[Path]) -> EvalResult:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{file}: not JSON ({error})") from error
-    shard = result.get("shard") if isinstance(result, dict) and result.get("schema") == SCHEMA else None
+    result = read_result(file)
+    shard = result.get("shard")
     if not isinstance(shard, dict) or not all(isinstance(shard.get(key), int) for key in ("part", "of")):
         raise UsageError(f"{file}: not a shard; `flatq eval TARGET … --shard 1/4 --json {file.name}` writes one")
-    return dict(result)
+    return result
 
 
 def _check_parts(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.evidence import Evidence, TaskEvidence
 from flatq_cli.evaluation.evidence_json import evidence_to_json
 from flatq_cli.evaluation.shard import WHOLE, Shard
@@ -17,6 +20,23 @@ if TYPE_CHECKING:
     from flatq_cli.evaluation.targets import Kind
 
 SCHEMA = "flatq.eval/1"
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A result as `flatq eval --json` wrote it.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{file}: not JSON ({error})") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise UsageError(f"{file}: not a result of `flatq eval --json` (schema {SCHEMA})")
+    return result
 
 
 @dataclass(frozen=True)

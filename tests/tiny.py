@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -167,10 +168,54 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     return directory
 
 
-def tiny_model_dir(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A variant with its tokenizer in a directory of `folder`."""
-    model = random_model(tiny_config(name, **changes)).to(dtype)
-    return save_model(model, bpe_tokenizer(), folder / f"tiny {name}")
+LAG = 3
+FIRST_WORD = 2
+"""The ids below are the tokenizer's special ones."""
+
+
+def lesson(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """What a taught model says after `ids` [batch, at least LAG]: each token follows from the one LAG before it."""
+    follows = torch.randperm(VOCABULARY - FIRST_WORD, generator=torch.Generator().manual_seed(0)) + FIRST_WORD
+    said = list(ids.unbind(1))
+    while len(said) < length:
+        said.append(follows[said[-LAG] - FIRST_WORD])
+    return torch.stack(said, 1)
+
+
+def first_words(batch: int, generator: torch.Generator, length: int = LAG) -> torch.Tensor:
+    """Random words [batch, length], none of them special."""
+    return torch.randint(FIRST_WORD, VOCABULARY, (batch, length), generator=generator)
+
+
+def taught_model(config: PreTrainedConfig, seed: int = 0, steps: int = 400, length: int = 24) -> PreTrainedModel:
+    """A float32 model that has learned `lesson`: it is sure of every token, and has it from its attention.
+
+    Of a random model a rounding makes another text; of this one only a mistake does.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+    for _ in range(steps):
+        ids = lesson(first_words(16, generator), length)
+        said = model(ids).logits[:, LAG - 1 : -1]
+        functional.cross_entropy(said.flatten(0, 1), ids[:, LAG:].flatten()).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def tiny_model_dir(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, taught: bool = False, **changes: Any
+) -> Path:
+    """A variant with its tokenizer in a directory of `folder`, random or `taught`."""
+    if taught:
+        model = taught_model(tiny_config(name, **{"initializer_range": 0.1, **changes}))
+    else:
+        model = random_model(tiny_config(name, **changes))
+    return save_model(model.to(dtype), bpe_tokenizer(), folder / f"tiny {name}")
 
 
 def source_of(directory: Path) -> BlockSource:
@@ -211,11 +256,16 @@ def calibrated_run(model: Path, recipe: Recipe, path: Path) -> Run:
 
 
 def fused_run(
-    folder: Path, family: str, epochs: int = 0, dtype: torch.dtype = torch.float32, **sections: dict[str, Any]
+    folder: Path,
+    family: str,
+    epochs: int = 0,
+    dtype: torch.dtype = torch.float32,
+    taught: bool = False,
+    **sections: dict[str, Any],
 ) -> Run:
     """A run whose calibrate and fuse stages are done."""
     recipe = tiny_recipe(folder, epochs, **sections)
-    run = calibrated_run(tiny_model_dir(folder, family, dtype), recipe, folder / f"run {family}")
+    run = calibrated_run(tiny_model_dir(folder, family, dtype, taught), recipe, folder / f"run {family}")
     fuse(run, "cpu", SilentProgress())
     return run
 

@@ -25,6 +25,7 @@ from flatq_cli.models.families import Family, InputSite, Shapes
 from flatq_cli.quantization.quantizers import fake_quantize, fake_quantize_grouped
 from flatq_cli.runtime.folding import fold, input_transform
 from flatq_cli.runtime.layout import ATTN_OUT, KEY, QUERY, VALUE, SiteLayout
+from flatq_cli.runtime.linear import weight_of
 from flatq_cli.transforms.kronecker import Transform, kronecker_matmul
 
 POINTS = 192
@@ -263,19 +264,18 @@ def _tuned(name: str, tuned: Tuned, layout: SiteLayout, family: Family, shapes: 
 
 def _tuned_partners(name: str, tuned: Tuned, family: Family, shapes: Shapes) -> list[Tensor]:
     """What the activation of a tuned site is multiplied with, each [out, width]."""
-    weights = dict(tuned.block.named_parameters())
     if name == KEY:
         queries = tuned.watched[QUERY]
         return [queries.map(queries.rows)]
     if name == VALUE:
         # A head's output meets o_proj behind the heads matrix: a (P_o ⊗ I) Wᵀ.
-        output = weights[f"{family.output_proj}.weight"]
+        output = weight_of(tuned.block.get_submodule(family.output_proj))
         site: Any = getattr(tuned.block.get_submodule("sites"), ATTN_OUT, None)
         heads = None if site is None or site.left is None else site.left.T
         met = output if heads is None else kronecker_matmul(output, heads, None)
         return [met.reshape(-1, shapes.head_dim)]
     readers = next(site.readers for site in family.sites if site.name == name)
-    return [weights[f"{reader}.weight"] for reader in readers]
+    return [weight_of(tuned.block.get_submodule(reader)) for reader in readers]
 
 
 def _errors(

@@ -25,6 +25,7 @@ from flatq_cli.errors import UsageError
 from flatq_cli.models.checkpoint import Checkpoint, open_checkpoint
 from flatq_cli.models.families import Shapes, family_of
 from flatq_cli.models.locate import ModelLocation, load_config
+from flatq_cli.models.own_dtype import OwnDtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -126,9 +127,14 @@ class BlockSource:
 
     def _load(self, module: nn.Module, path: str, dtype: torch.dtype, device: torch.device | str) -> None:
         """Give `module`, a copy of the skeleton's module `path`, its weights."""
+        kept = {
+            f"{prefix}.{name}"
+            for prefix, part in module.named_modules()
+            if isinstance(part, OwnDtype)
+            for name in part.state_dict()
+        }
         tensors = {
-            # Sites (runtime/sites.py) hold float32 whatever the block computes in.
-            name: tensor.to(device=device, dtype=dtype if not name.startswith("sites.") else None)
+            name: tensor.to(device=device, dtype=None if name in kept else dtype)
             for name, tensor in self._tensors(f"{path}.").items()
         }
         expected = module.state_dict()

@@ -1,7 +1,7 @@
 """The fused model of a run, block by block: what `flatq eval` runs as fake-quant.
 
-A `FusedSource` is a block source whose blocks are stock modules with their sites attached and with the dequantized
-codes as weights. It reads RUN/fuse alone; the original model gives only its configuration.
+A `FusedSource` is a block source whose blocks are stock modules with their sites attached and their linears packed,
+as in an export. It reads RUN/fuse alone; the original model gives only its configuration.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flatq_cli.models.locate import locate
 from flatq_cli.models.source import BlockSource, open_source
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
-from flatq_cli.runtime.layout import SiteLayout, block_layout
+from flatq_cli.runtime.layout import block_layout
+from flatq_cli.runtime.linear import pack_linears, packed_tensors
 from flatq_cli.runtime.sites import ATTENTION, attach_sites, online_sites
 from flatq_cli.store.run import Run
 
@@ -26,15 +28,17 @@ class FusedSource(BlockSource):
 
     attention = ATTENTION
 
-    def __init__(self, original: BlockSource, checkpoint: Checkpoint, layouts: Mapping[str, SiteLayout]) -> None:
+    def __init__(self, original: BlockSource, checkpoint: Checkpoint, recipe: Recipe) -> None:
         super().__init__(original.location, original.config, checkpoint)
-        self.layouts = layouts
+        self.layouts = block_layout(recipe, original.family, original.shapes)
+        self.weights = recipe.weights
 
     def _prepared(self, block: nn.Module) -> nn.Module:
+        pack_linears(block, self.family.linears, self.weights)
         return attach_sites(block, self.family, online_sites(self.layouts))
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
-        return dequantized(super()._tensors(prefix))
+        return packed_tensors(super()._tensors(prefix), self.weights.bits)
 
 
 def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,5 +60,4 @@ def open_fused(run: Run, trust_remote_code: bool = False) -> FusedSource:
     stage.require_done("flatq eval")
     stage.verify()
     original = open_source(locate(run.config.model.location), trust_remote_code=trust_remote_code)
-    layouts = block_layout(run.config.recipe, original.family, original.shapes)
-    return FusedSource(original, SafetensorsCheckpoint(stage.path), layouts)
+    return FusedSource(original, SafetensorsCheckpoint(stage.path), run.config.recipe)

@@ -2,18 +2,23 @@
 
     codes = unpack(weight_packed)    weight = scale · (codes − zero) in float32    y = x · cast(weight)ᵀ + cast(bias)
 
-`cast` goes to x's dtype. The weight is that of `dequantize_weight`, bit for bit, so in every dtype the layer gives what
-a plain linear gives whose weight was dequantized in float32 and cast: fake-quant and packed agree. So the backend
-`reference` does; others compute the same faster (`runtime/backends`). Scales are part of the codes' meaning and stay
-float32 (docs/format.md): `.to(torch.bfloat16)` moves this layer and casts nothing in it.
+`cast` goes to x's dtype; where x is codes too, they are multiplied by codes, and both scales applied to the sum. So
+the backend `reference` does (`runtime/backends/reference.py`), which runs the fake-quant model of a run and an export
+alike; others compute the same faster. Scales are part of the codes' meaning and stay float32 (docs/format.md):
+`.to(torch.bfloat16)` moves this layer and casts nothing in it.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from flatq_cli.config.recipe import WeightSpec
 from flatq_cli.quantization.packing import pack, packed_width, unpack
+from flatq_cli.quantization.quantizers import FLOAT_BITS
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
 from flatq_cli.runtime.backends.base import BackendModule
 from flatq_cli.runtime.backends.reference import REFERENCE
@@ -111,3 +116,42 @@ class PackedLinear(BackendModule):
         kind = "symmetric" if self.symmetric else "asymmetric"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.bits} bits {kind}, {groups=}"
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight [out, in] that `linear` stands for: a packed one's in float32, another's as it is."""
+    weight: Tensor = linear.dequantize() if isinstance(linear, PackedLinear) else linear.weight  # type: ignore[assignment]
+    return weight.detach()
+
+
+def pack_linears(block: nn.Module, names: Iterable[str], spec: WeightSpec) -> None:
+    """Replace the linears `names` of `block` by packed ones of their sizes, still empty; in place.
+
+    Args:
+        spec: the bits, groups and kind of the codes; of 16 bits: nothing is replaced.
+    """
+    if spec.bits == FLOAT_BITS:
+        return
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        linear: Any = block.get_submodule(name)
+        packed = PackedLinear(
+            linear.in_features,
+            linear.out_features,
+            spec.bits,
+            spec.group,
+            spec.symmetric,
+            linear.bias is not None,
+            linear.weight.device,
+        )
+        setattr(block.get_submodule(parent), child, packed)
+
+
+def packed_tensors(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Tensors as the fuse stage stores them, with every `weight_codes` as `weight_packed`."""
+    return {
+        name.removesuffix(CODES) + PACKED if name.endswith(f".{CODES}") else name: (
+            pack(tensor, bits) if name.endswith(f".{CODES}") else tensor
+        )
+        for name, tensor in tensors.items()
+    }

@@ -23,6 +23,7 @@ from flatq_cli.runtime.backends.base import BackendModule
 from flatq_cli.runtime.backends.reference import REFERENCE
 from flatq_cli.runtime.kv_cache import PackedStates
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE, SiteLayout
+from flatq_cli.runtime.linear import PackedLinear
 
 ATTENTION = "flatq"
 
@@ -30,6 +31,7 @@ ATTENTION = "flatq"
 class OnlineSite(BackendModule):
     """The online part of a site: x → Q(x (L ⊗ R)), with the diagonal already folded into what produces x.
 
+    `feeds_packed`: whether packed linears, and nothing else, read what it puts out, so that it may hand them codes.
     Buffers, float32, `None` where the layout has no such part: `left` [n1, n1], `right` [n2, n2], `clip` [2] (factors
     of max and min in (0, 1)). They hold plain tensors; calibration swaps differentiable ones in through
     `torch.func.functional_call`.
@@ -42,7 +44,7 @@ class OnlineSite(BackendModule):
     def __init__(self, layout: SiteLayout) -> None:
         super().__init__()
         self.backend = REFERENCE
-        self.feeds_linears = layout.name not in (KEY, QUERY, VALUE)
+        self.feeds_packed = False
         self.width = layout.width
         self.bits, self.symmetric = layout.bits, layout.symmetric
         self.register_buffer("left", torch.eye(layout.n1, dtype=torch.float32) if layout.left else None)
@@ -84,6 +86,8 @@ def attach_sites(block: nn.Module, family: Family, sites: Mapping[str, nn.Module
         if site.name not in block.sites:
             continue
         module = block.sites[site.name]
+        if isinstance(module, OnlineSite):
+            module.feeds_packed = all(isinstance(block.get_submodule(reader), PackedLinear) for reader in site.readers)
         if site.producer is not None:
             block.get_submodule(site.producer).register_forward_hook(_After(module))
         else:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -164,6 +164,7 @@ def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
     """
     from flatq_cli.models.families import Shapes, family_of
     from flatq_cli.runtime.layout import block_layout
+    from flatq_cli.runtime.linear import pack_linears
     from flatq_cli.runtime.pack_cache import use_packed_cache
     from flatq_cli.runtime.sites import attach_sites, online_sites
 
@@ -171,33 +172,13 @@ def quantize_skeleton(model: PreTrainedModel, recipe: Recipe) -> None:
     layouts = block_layout(recipe, family, Shapes.of(model.config))
     blocks = model.get_submodule(family.layers.removeprefix(_missing_prefix(model)))
     for block in blocks.children():
-        if recipe.weights.bits < 16:
-            for name in family.linears:
-                _pack_linear(block, name, recipe)
+        pack_linears(block, family.linears, recipe.weights)
         device = next(block.parameters()).device
         with torch.device(device):
             sites = online_sites(layouts)
         attach_sites(block, family, sites)
     if recipe.kv_cache.bits < 16:
         use_packed_cache(model.base_model, blocks.children())
-
-
-def _pack_linear(block: nn.Module, name: str, recipe: Recipe) -> None:
-    from flatq_cli.runtime.linear import PackedLinear
-
-    parent, _, child = name.rpartition(".")
-    linear: Any = block.get_submodule(name)
-    spec = recipe.weights
-    packed = PackedLinear(
-        linear.in_features,
-        linear.out_features,
-        spec.bits,
-        spec.group,
-        spec.symmetric,
-        linear.bias is not None,
-        linear.weight.device,
-    )
-    setattr(block.get_submodule(parent), child, packed)
 
 
 def _missing_prefix(model: PreTrainedModel) -> str:

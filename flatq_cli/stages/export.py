@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flatq_cli.errors import FlatqError, UsageError, WorkError
 from flatq_cli.evaluation.perplexity import model_logits, streamed_logits
 from flatq_cli.models.locate import load_tokenizer
-from flatq_cli.quantization.packing import pack
 from flatq_cli.quantization.weights import CODES
 from flatq_cli.runtime.fused import FusedSource, open_fused
 from flatq_cli.runtime.integrity import DIGESTS, digests
-from flatq_cli.runtime.linear import PACKED, PackedLinear
+from flatq_cli.runtime.linear import PackedLinear, packed_tensors
 from flatq_cli.runtime.transformers_plugin import FORMAT, UNLOADABLE, FlatqConfig
 from flatq_cli.stages.fuse import INDEX
 from flatq_cli.stages.fuse import STAGE as FUSE
@@ -117,7 +115,7 @@ def _write_flatq(run: Run, stage: Stage, progress: Progress) -> dict[str, Any]:
     for name in progress.track(list(fused.manifest.items), "export"):
         if not stage.complete(name, verify=True):
             started = time.monotonic()
-            tensors = packed(fused.load(name), bits)
+            tensors = packed_tensors(fused.load(name), bits)
             file = fused.manifest.items[name].file
             stage.save(name, file, tensors, seconds=time.monotonic() - started, metadata={"format": "pt"})
     _add_text(stage, "config.json", _config(source, run.config).to_json_string())
@@ -130,17 +128,6 @@ def _write_flatq(run: Run, stage: Stage, progress: Progress) -> dict[str, Any]:
     size = sum(item.bytes for item in stage.manifest.items.values() if item.file.endswith(".safetensors"))
     float16 = 2 * _parameters(source)
     return {"bytes": size, "float16_bytes": float16, "compression": float16 / size, "verified": verified}
-
-
-def packed(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Tensors of the fuse stage with every `weight_codes` as `weight_packed`."""
-
-    def entry(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        if not name.endswith(f".{CODES}"):
-            return name, tensor
-        return name.removesuffix(CODES) + PACKED, pack(tensor, bits)
-
-    return dict(entry(name, tensor) for name, tensor in tensors.items())
 
 
 def _write_index(stage: Stage) -> None:

@@ -215,7 +215,7 @@ def measure_flatness(run: Run, source: BlockSource, tokens: Tensor, device: str,
     recipe, where = run.config.recipe, torch.device(device)
     layouts = block_layout(recipe, source.family, source.shapes)
     stage = run.stage(CALIBRATE)
-    tuned_source = _tuned_source(run, source, layouts)
+    tuned_source = _tuned_source(run, source)
     shown = shown_blocks(_blocks(run), source.num_blocks)
     hidden = source.embed(tokens)
     kwargs = source.block_kwargs(hidden[:1])
@@ -240,14 +240,14 @@ def measure_flatness(run: Run, source: BlockSource, tokens: Tensor, device: str,
     return {"tokens": tokens.numel(), "shown": shown, "blocks": found}
 
 
-def _tuned_source(run: Run, source: BlockSource, layouts: Mapping[str, SiteLayout]) -> FusedSource | None:
+def _tuned_source(run: Run, source: BlockSource) -> FusedSource | None:
     """The fused blocks, where tuning is done and they were made from what calibrate holds now."""
     fuse = run.stage(FUSE)
     current = fuse.manifest.inputs == {CALIBRATE: run.stage(CALIBRATE).digest()}
     if not (fuse.done and run.stage(TUNE).done and current):
         return None
     fuse.verify()
-    return FusedSource(source, SafetensorsCheckpoint(fuse.path), layouts)
+    return FusedSource(source, SafetensorsCheckpoint(fuse.path), run.config.recipe)
 
 
 def shown_blocks(blocks: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -59,14 +59,14 @@ def test_the_weights_are_scale_times_code_minus_zero(tmp_path: Path, spec: dict[
     stored = load_file(next((run.path / "fuse").glob("model-00001-*")))
     block = open_fused(run).block(0)
     prefix = "model.layers.0."
-    for name in block.state_dict():
+    for name, tensor in block.state_dict().items():
         if f"{prefix}{name}" in stored:
-            assert torch.equal(block.state_dict()[name], stored[prefix + name]), name
+            assert torch.equal(tensor, stored[prefix + name]), name
             continue
-        linear = prefix + name.removesuffix(".weight")
+        linear = prefix + name.removesuffix(".weight_packed")
         codes, scale = stored[f"{linear}.weight_codes"], stored[f"{linear}.weight_scale"]
         zero = stored.get(f"{linear}.weight_zero", torch.zeros_like(scale, dtype=torch.int32))
-        weight = block.state_dict()[name]
+        weight = block.get_submodule(name.removesuffix(".weight_packed")).dequantize()
         group = codes.shape[1] // scale.shape[1]
         for row, column in ((0, 0), (3, group - 1), (weight.shape[0] - 1, weight.shape[1] - 1)):
             of = row, column // group

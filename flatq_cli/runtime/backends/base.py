@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from flatq_cli.runtime.own_dtype import OwnDtype
+from flatq_cli.models.own_dtype import OwnDtype
 
 if TYPE_CHECKING:
     from flatq_cli.runtime.kv_cache import PackedStates
@@ -45,7 +45,7 @@ class Backend(ABC):
     def site(self, site: OnlineSite, x: Tensor) -> Tensor:
         """`x` `[..., width]` transformed and quantized: a tensor of x's shape, dtype and device.
 
-        A `QuantizedActivation` only where `site.feeds_linears`; attention computes with what the others return.
+        A `QuantizedActivation` only where `site.feeds_packed`; attention computes with what the others return.
         """
 
     @abstractmethod

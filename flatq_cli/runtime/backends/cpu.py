@@ -6,10 +6,10 @@
                               the sum exact in int32
     linear, a few bfloat16    y = (x · weight codesᵀ) · weight scale + bias; the kernel for int4 weights: decoding is
     rows, 4-bit weights       reading weights, and here a weight is half a byte
-    else                      the weight is dequantized as in `reference`, but once and not in every forward
+    else                      as in `reference`, but the weight is unpacked once and not in every forward
 
-The last serves activations in 16 bits, weights with scales by group, and asymmetric codes of 8 bits: codes are centred
-(code - zero), so that there are no zero points to correct for, and these then exceed int8.
+Codes are centred (code - zero), so that there are no zero points to correct for; asymmetric ones of 8 bits then exceed
+int8, and are multiplied as floats. In float32 all this gives what `reference` gives, bit for bit.
 
 Weights are laid out for a kernel at the first forward that needs it and kept while the machine has room (`ROOM`): a
 byte a weight for int8, half a byte for int4, an element for a dequantized one. Beyond that, in every forward.
@@ -31,7 +31,7 @@ from torch.nn import functional
 from flatq_cli.quantization.quantizers import FLOAT_BITS, Codes, code_range
 from flatq_cli.runtime.backends.base import Backend
 from flatq_cli.runtime.backends.lazy import QuantizedActivation
-from flatq_cli.runtime.backends.reference import REFERENCE
+from flatq_cli.runtime.backends.reference import REFERENCE, centred_codes, code_linear, has_whole_rows, scaled
 from flatq_cli.transforms.kronecker import kronecker_matmul
 
 if TYPE_CHECKING:
@@ -73,13 +73,13 @@ class Cpu(Backend):
             codes, scale, zero = round_rows(y, site.bits, site.symmetric, constants.clip)
         if zero is not None:
             codes = codes.sub_(zero)
-        if not site.feeds_linears or not fits_int8(site.bits, site.symmetric):
+        if not site.feeds_packed:
             return codes.mul_(scale).to(x.dtype)
         # The kernel for few rows takes floats.
         few = x.dtype == torch.bfloat16 and x.numel() <= FEW_ROWS * x.shape[-1]
         values = (codes * scale).to(x.dtype) if few else None
         codes, scale = codes.reshape(-1, x.shape[-1]), scale.reshape(-1, 1)
-        if not few:
+        if fits_int8(site.bits, site.symmetric) and not (few and site.bits < 8):
             codes = codes.to(torch.int8)
         return QuantizedActivation(codes, scale, None, x.shape, x.dtype, site.bits, values)
 
@@ -89,8 +89,10 @@ class Cpu(Backend):
         if weights.int4_fits and x.dtype == torch.bfloat16 and x.numel() <= FEW_ROWS * linear.in_features:
             return _int4_linear(weights, x.values() if isinstance(x, QuantizedActivation) else x)
         if isinstance(x, QuantizedActivation):
-            if weights.int8_fits:
+            if weights.int8_fits and (x.codes.dtype == torch.int8 or x.bits < 8):
                 return _int8_linear(weights, x)
+            if weights.whole_rows:
+                return code_linear(x, weights.floats(), linear)
             x = x.values()
         if x.dtype not in _DTYPES:
             return REFERENCE.linear(linear, x)
@@ -268,20 +270,26 @@ class Weights:
     def __init__(self, linear: PackedLinear) -> None:
         self._linear = linear
         self._kept: dict[Any, Any] = {}
-        whole_rows = linear.weight_scale.shape[1] == 1
+        self.whole_rows = has_whole_rows(linear)
         self.scale, self.bias = linear.weight_scale.flatten(), linear.bias
         largest = 2 ** (linear.bits - 1) if linear.symmetric else 2**linear.bits - 1
-        self.int8_fits = whole_rows and fits_int8(linear.bits, linear.symmetric) and int8_is_exact(largest)
+        self.int8_fits = self.whole_rows and fits_int8(linear.bits, linear.symmetric) and int8_is_exact(largest)
         odd = linear.in_features % 32 or linear.out_features % 16
-        self.int4_fits = whole_rows and linear.bits <= 4 and not odd
+        self.int4_fits = self.whole_rows and linear.bits <= 4 and not odd
 
     def int8(self) -> Tensor:
         """Centred codes as oneDNN lays them out."""
         kept = self._kept.get("int8")
         if kept is None:
-            codes, zero = self._linear.codes(), self._linear.weight_zero
-            centred = codes if zero is None else (codes - zero).to(torch.int8)
-            kept = self._keep("int8", 1.0, _OPS.onednn.qlinear_prepack(centred, None))
+            codes = centred_codes(self._linear).to(torch.int8)
+            kept = self._keep("int8", 1.0, _OPS.onednn.qlinear_prepack(codes, None))
+        return kept  # type: ignore[no-any-return]
+
+    def floats(self) -> Tensor:
+        """Centred codes that do not fit int8, as `code_linear` multiplies them."""
+        kept = self._kept.get("floats")
+        if kept is None:
+            kept = self._keep("floats", 4.0, centred_codes(self._linear).float())
         return kept  # type: ignore[no-any-return]
 
     def int4(self) -> Int4Weight:
@@ -316,11 +324,7 @@ def has_room(size: float) -> bool:
 def _int8_linear(weights: Weights, x: QuantizedActivation) -> Tensor:
     codes = x.codes if x.codes.dtype == torch.int8 else x.codes.to(torch.int8)
     sums = _int8_product(codes, weights.int8(), weights.scale)
-    if weights.bias is None:
-        y = torch.mul(sums, x.scale, out=torch.empty(sums.shape, dtype=x.dtype))
-    else:
-        y = torch.addcmul(weights.bias, sums, x.scale).to(x.dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return scaled(sums, x.scale, weights.bias, x.dtype).view(*x.shape[:-1], sums.shape[-1])
 
 
 def _int8_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

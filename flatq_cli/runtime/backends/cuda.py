@@ -85,6 +85,8 @@ class Cuda(Backend):
         """Integers by packed integers."""
         if not isinstance(x, QuantizedActivation) or linear.bits != WEIGHT_BITS or linear.weight_zero is not None:
             return REFERENCE.linear(linear, x)
+        if x.codes.dtype != torch.uint8:
+            return REFERENCE.linear(linear, x)  # of a site without a kernel
         gemm = w4a4_gemm if x.bits == 4 else w4a8_gemm
         scale = linear.weight_scale
         grouped = scale.shape[1] > 1
@@ -201,7 +203,7 @@ def _fits(site: OnlineSite, x: Tensor) -> bool:
     """Whether there is a kernel for `site` on `x`."""
     sizes = [len(matrix) for matrix in (site.left, site.right) if matrix is not None]
     small = bool(sizes) and max(*sizes, site.width // sizes[0]) <= GREATEST_FACTOR
-    return small and site.feeds_linears and site.bits in ACTIVATION_BITS and x.dtype in HALF_NAMES
+    return small and site.feeds_packed and site.bits in ACTIVATION_BITS and x.dtype in HALF_NAMES
 
 
 def _clip(site: OnlineSite, device: torch.device) -> Tensor:

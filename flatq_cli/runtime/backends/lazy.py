@@ -146,11 +146,14 @@ class QuantizedActivation(LazyTensor):
 
     def compute(self) -> Tensor:
         """The codes, dequantized in float32 and cast."""
-        codes = self.codes.reshape(self.scale.numel(), -1)
+        return dequantize(self.centred(), self.scale.reshape(-1, 1)).to(self.dtype).reshape(self.shape)
+
+    def centred(self) -> Tensor:
+        """code - zero, one by one: `[rows, width]`, int8 or floats without a fraction."""
+        codes = self.codes.reshape(-1, self.codes.shape[-1])
         if codes.dtype == torch.uint8:
             codes = unpack(codes, self.bits, self.shape[-1], self.zero is None)
-        zero = None if self.zero is None else self.zero.reshape(-1, 1)
-        return dequantize(codes, self.scale.reshape(-1, 1), zero).to(self.dtype).reshape(self.shape)
+        return codes if self.zero is None else codes.float() - self.zero.reshape(-1, 1)
 
 
 class Silu(LazyTensor):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +31,17 @@ from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
 from tests.cuda_emulator.device import EmulatedDevice
 from tests.runtime.tape import Tape
-from tests.tiny import FAMILIES, calibrated_run, fused_run, tiny_model_dir, tiny_recipe, tiny_tokens
+from tests.tiny import (
+    FAMILIES,
+    calibrated_run,
+    first_words,
+    fused_run,
+    lesson,
+    tiny_model_dir,
+    tiny_recipe,
+    tiny_tokens,
+)
 
-# At 4 bits a rounding at another place makes another code, and a tiny random model then says something else: two 16-bit
-# models are compared at 8 bits, and at 4 bits the kernels with what defines them.
 EIGHT: dict[str, Any] = {"activations": {"bits": 8}, "kv_cache": {"bits": 8}}
 OPS = ("kron_quant", "w4a4_gemm", "w4a8_gemm", "kv_quant_", "kv_attention")
 PROLOGUES = ("norm_weight", "gate")
@@ -96,23 +102,23 @@ def emulated(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> EmulatedDe
     return device
 
 
-def exported(folder: Path, family: str, **sections: Any) -> Path:
-    return Path(export(fused_run(folder, family, **sections), "flatq", None, SilentProgress())["path"])
+def exported(folder: Path, family: str, **options: Any) -> Path:
+    return Path(export(fused_run(folder, family, **options), "flatq", None, SilentProgress())["path"])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory.mktemp("run"), request.param, **EIGHT)
+    return exported(tmp_path_factory.mktemp("run"), request.param, taught=True, **EIGHT)
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory.mktemp("run"), "llama", **EIGHT)
+    return exported(tmp_path_factory.mktemp("run"), "llama", taught=True, **EIGHT)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory.mktemp("run"), "llama")
+    return exported(tmp_path_factory.mktemp("run"), "llama", taught=True)
 
 
 def loaded(directory: Path, backend: str, dtype: torch.dtype = torch.float16) -> PreTrainedModel:
@@ -137,8 +143,10 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
     return float((found - wanted).norm() / wanted.norm()) < tolerance
 
 
-def generated(model: PreTrainedModel, tokens: int = 6, **options: Any) -> list[list[int]]:
-    ids = tiny_tokens(2, PROMPT)
+def generated(
+    model: PreTrainedModel, tokens: int = 6, ids: torch.Tensor | None = None, **options: Any
+) -> list[list[int]]:
+    ids = tiny_tokens(2, PROMPT) if ids is None else ids
     # Said outright: a token that happens to be the padding's would be taken for it.
     options = {"attention_mask": torch.ones_like(ids), **options}
     out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
@@ -149,7 +157,7 @@ def generated(model: PreTrainedModel, tokens: int = 6, **options: Any) -> list[l
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_family_gives_what_reference_gives(directory: Path, calls: Counter[str], dtype: torch.dtype):
     found, wanted = both(directory, dtype)
-    assert close(found, wanted, 0.1)
+    assert close(found, wanted, 0.05)
     assert calls["w4a8_gemm"] == 7 * BLOCKS
 
 
@@ -184,7 +192,7 @@ def test_what_has_no_kernel_is_computed_as_reference_does(
     tmp_path: Path, calls: Counter[str], sections: dict[str, Any], used: set[str]
 ):
     found, wanted = both(exported(tmp_path, "llama", **{**EIGHT, **sections}))
-    assert close(found, wanted, 0.1)
+    assert close(found, wanted, 0.05)
     assert {name for name, count in calls.items() if count} - IN_FRONT == used
 
 
@@ -194,6 +202,7 @@ def test_a_factor_that_is_too_large_for_the_kernel_is_multiplied_by_torch(
 ):
     sizes = {"width": width, "n1": n1, "n2": width // n1, "left": True, "right": True}
     site = OnlineSite(SiteLayout("attn_in", **sizes, diag=False, bits=8, symmetric=True, clip=False))
+    site.feeds_packed = True
     x = torch.randn(3, width, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
     wanted = site(x)
     site.backend = BACKENDS["cuda"]
@@ -235,11 +244,11 @@ def test_another_activation_function_stays_in_front_of_the_launch(tmp_path: Path
     run = calibrated_run(tiny_model_dir(tmp_path, "llama", hidden_act="gelu"), tiny_recipe(tmp_path, **EIGHT), tmp_path)
     fuse(run, "cpu", SilentProgress())
     found, wanted = both(Path(export(run, "flatq", None, SilentProgress())["path"]))
-    assert close(found, wanted, 0.1)
+    assert close(found, wanted, 0.05)
     assert (calls["kron_quant"], calls["kron_quant, gate"]) == (4 * BLOCKS, 0)
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.3), (8, 0.05)])
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.1), (8, 0.02)])
 def test_the_kernels_on_the_emulator_give_what_their_definitions_give(
     bits: int, tolerance: float, llama: Path, eight: Path, calls: Counter[str], request: pytest.FixtureRequest
 ):
@@ -256,17 +265,23 @@ def test_the_kernels_on_the_emulator_give_what_their_definitions_give(
     assert {f"w4a{bits}_gemm", "kron_quant", "kv_quant_", "kv_attention"} | IN_FRONT == calls.keys()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_generation_on_the_emulator_is_that_of_reference_token_for_token(
+    bits: int, llama: Path, eight: Path, emulated: EmulatedDevice, calls: Counter[str]
+):
+    ids = first_words(3, torch.Generator().manual_seed(2), PROMPT)
+    tokens = [generated(loaded(llama if bits == 4 else eight, name), 8, ids) for name in ("cuda", "reference")]
+    assert calls["kv_attention"] == BLOCKS * 8
+    assert tokens[0] == tokens[1]
+    # What it learned needs its attention: nothing but the whole way through the cache gives this.
+    assert tokens[0] == lesson(ids, PROMPT + 8)[:, PROMPT:].tolist()
+
+
 @torch.no_grad()
 def test_decoding_on_the_emulator_stays_close_to_reference(eight: Path, emulated: EmulatedDevice):
-    models = [loaded(eight, backend) for backend in ("cuda", "reference")]
-    caches = [DynamicCache(config=model.config) for model in models]
-    ids = tiny_tokens(2, PROMPT + 4)
-    for begin, end in pairwise((0, *range(PROMPT, PROMPT + 5))):
-        found, wanted = (
-            model(ids[:, begin:end], cache=cache, use_cache=True).logits.float()
-            for model, cache in zip(models, caches, strict=True)
-        )
-        assert close(found, wanted, 0.1)
+    found, wanted = (decoded(model, growing_cache(model)) for model in map(loaded, (eight,) * 2, ("cuda", "reference")))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert close(ours.float(), theirs.float(), 0.05)
 
 
 # ---- Caches and masks; decode steps that are captured or compiled. ----
@@ -315,7 +330,7 @@ def test_every_mask_goes_to_the_attention_kernel(
     wanted = decoded(reference, make_cache(reference), **inputs)
     for ours, theirs in zip(found, wanted, strict=True):
         seen = slice(2 if padding == "left" and ours.shape[1] > 1 else 0, None)
-        assert close(ours[:, seen].float(), theirs[:, seen].float(), 0.1)
+        assert close(ours[:, seen].float(), theirs[:, seen].float(), 0.05)
 
 
 def test_static_and_growing_caches_give_the_same_tokens_on_the_emulator(llama: Path, emulated: EmulatedDevice):
@@ -338,7 +353,7 @@ def test_a_mask_of_the_caller_s_that_is_not_causal_is_followed(
         mask[0, :, 3, 5] = False
         found.append(model(tiny_tokens(2, PROMPT), attention_mask=mask, cache=cache, use_cache=True).logits.float())
     assert calls["kv_attention"] == BLOCKS
-    assert close(*found, 0.1)
+    assert close(*found, 0.05)
 
 
 class Launch(NamedTuple):

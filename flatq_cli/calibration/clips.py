@@ -12,13 +12,13 @@ directions, so that is what errors are weighed by (`Weighing`): docs/decisions/0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flatq_cli.calibration.moments import Recorder, output_moment_by_head, weight_moment
+from flatq_cli.calibration.moments import Recorder, output_moment_by_head
 from flatq_cli.calibration.precision import matmul_dtype
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.families import Family, Shapes
@@ -53,23 +53,37 @@ class Weighing(NamedTuple):
         return along.add_(residual.square_() @ self.diagonal)
 
 
-def weighing(moment: Tensor, device: torch.device) -> Weighing:
-    """What errors are weighed by in place of `moment`, [width, width], positive semidefinite.
+def weighing(moment: Tensor) -> Weighing:
+    """What errors are weighed by in place of `moment`, [width, width], positive semidefinite."""
+    moment = moment.float()
+    return _weighing(lambda columns: moment @ columns, moment.diagonal())
+
+
+def weighing_of_rows(matrices: Iterable[Tensor]) -> Weighing:
+    """`weighing` of Σ WᵀW over matrices [rows, width], which is never computed."""
+    matrices = [matrix.float() for matrix in matrices]
+    diagonal = torch.stack([matrix.square().sum(0) for matrix in matrices]).sum(0)
+    return _weighing(
+        lambda columns: torch.stack([matrix.T @ (matrix @ columns) for matrix in matrices]).sum(0), diagonal
+    )
+
+
+def _weighing(product: Callable[[Tensor], Tensor], diagonal: Tensor) -> Weighing:
+    """`weighing` of a moment of which the `diagonal` is known and what it makes of [width, rank] columns.
 
     The directions are Nyström's, from a fixed random start and one step of subspace iteration: U Uᵀ ≤ moment, so that
     what the diagonal is left with is not negative, and all of it where the width is no more than `RANK`.
     Source: Halko, Martinsson, Tropp (arXiv 0909.4061), section 5.5.
     """
-    moment = moment.to(device, torch.float32)
-    width = len(moment)
-    start = torch.randn(width, min(RANK, width), generator=torch.Generator().manual_seed(0)).to(device)
-    basis = torch.linalg.qr(moment @ start).Q
-    image = moment @ basis
+    width = len(diagonal)
+    start = torch.randn(width, min(RANK, width), generator=torch.Generator().manual_seed(0)).to(diagonal.device)
+    basis = torch.linalg.qr(product(start)).Q
+    image = product(basis)
     values, vectors = torch.linalg.eigh(basis.T @ image)
     least = torch.finfo(torch.float32).eps * values[-1].clamp(min=torch.finfo(torch.float32).tiny)
     directions = image @ (vectors * values.clamp(min=least).rsqrt())
-    diagonal = (moment.diagonal() - directions.square().sum(1)).clamp_(min=0)
-    return Weighing(diagonal, directions.to(matmul_dtype(device)))
+    diagonal = (diagonal - directions.square().sum(1)).clamp_(min=0)
+    return Weighing(diagonal, directions.to(matmul_dtype(diagonal.device)))
 
 
 def search_weight_clips(weight: Tensor, weigher: Weighing, spec: WeightSpec) -> Tensor:
@@ -181,19 +195,19 @@ def searched_clips(
         if layout.clip:
             transform = input_transform(name, transforms, shapes)
             rows = recorded[name].sample
-            weigher = weighing(_gram(name, transforms, weights, folded, recorded, family, shapes), rows.device)
+            weigher = _readers_weighing(name, transforms, weights, folded, recorded, family, shapes)
             sites[name] = search_activation_clip(rows if transform is None else transform.apply(rows), weigher, layout)
     linears: dict[str, Tensor] = {}
     clipped = recipe.weights.bits < 16 and recipe.weights.clip == "learned"
     for site in family.sites if clipped else ():
-        moment = _transformed(recorded[site.name].moment.float(), input_transform(site.name, transforms, shapes))
-        weigher = weighing(moment, moment.device)
+        moment = _transformed(recorded[site.name].moment, input_transform(site.name, transforms, shapes))
+        weigher = weighing(moment)
         for reader in site.readers:
             linears[reader] = search_weight_clips(folded[f"{reader}.weight"], weigher, recipe.weights)
     return ClipStart(sites, linears)
 
 
-def _gram(
+def _readers_weighing(
     site: str,
     transforms: Mapping[str, Transform],
     weights: Mapping[str, Tensor],
@@ -201,14 +215,14 @@ def _gram(
     recorded: Mapping[str, Recorder],
     family: Family,
     shapes: Shapes,
-) -> Tensor:
-    """What weighs an error of a transformed activation of `site`: [width, width]."""
+) -> Weighing:
+    """What weighs an error of a transformed activation of `site`."""
     if site == KEY:
-        return _inverse_transformed(recorded[QUERY].moment.float(), transforms.get(KEY))
+        return weighing(_inverse_transformed(recorded[QUERY].moment, transforms.get(KEY)))
     if site == VALUE:
         output = output_moment_by_head(weights[f"{family.output_proj}.weight"], shapes.head_dim)
-        return _inverse_transformed(output.float(), transforms.get(VALUE))
-    return weight_moment(folded[f"{reader}.weight"] for reader in family.site(site).readers)
+        return weighing(_inverse_transformed(output.float(), transforms.get(VALUE)))
+    return weighing_of_rows(folded[f"{reader}.weight"] for reader in family.site(site).readers)
 
 
 def _transformed(moment: Tensor, transform: Transform | None) -> Tensor:

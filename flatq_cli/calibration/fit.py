@@ -86,7 +86,7 @@ def fit_block(
         inputs, targets: [samples, tokens, hidden], the full-precision block's input and output, on any device.
         index: the block's number, for messages.
     Returns:
-        The errors over all samples; over the first batch alone where the recipe trains nothing.
+        The errors over all samples; over the first window alone where the recipe trains nothing.
     Raises:
         WorkError: a loss that is not a number, or a transform that has no inverse (block, step and the parameters
             concerned).
@@ -94,8 +94,8 @@ def fit_block(
     """
     measure = error_measure(spec.loss, targets)
     steps = spec.epochs * math.ceil(inputs.shape[0] / spec.batch) if any(True for _ in learnable.parameters()) else 0
-    # Nothing is decided by the error of a block that is not trained: one batch tells enough.
-    looked_at = slice(None if steps else spec.batch)
+    # Nothing is decided by the error of a block that is not trained: one window tells enough.
+    looked_at = slice(None if steps else 1)
     with _singular_is_an_error(index, 0, learnable):
         before = evaluate_block(
             block, learnable, inputs[looked_at], targets[looked_at], kwargs, measure, spec.batch, device

@@ -36,6 +36,7 @@ class SecondMoment:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum = torch.zeros(width, width, device=device)
+        self._whole = True
 
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, width] of any float dtype."""
@@ -47,11 +48,13 @@ class SecondMoment:
             wide = rows.float()
             for part in self._parts():
                 self._sum[part, part.start :].addmm_(wide[:, part].T, wide[:, part.start :])
+        self._whole = False
 
     def total(self) -> Tensor:
         """The sum, float32 [width, width]: the memory that `add` adds to."""
-        for part in self._parts():
+        for part in self._parts() if not self._whole else ():
             self._sum[part.stop :, part] = self._sum[part, part.stop :].T
+        self._whole = True
         return self._sum
 
     def _parts(self) -> Iterator[slice]:
@@ -63,7 +66,7 @@ class SecondMoment:
 class Recorder(nn.Module):
     """A site that lets x through unchanged and accumulates its second moment and maxima over the last axis.
 
-    `moment`: float64 [width, width], the mean of xᵀx over rows seen. `maximum`: float32 [width], max |x|.
+    `moment`: float32 [width, width], the mean of xᵀx over rows seen. `maximum`: float32 [width], max |x|.
     `sample`: float32 [rows, width], rows of every batch, evenly spaced; at most `MOST_ROWS`.
     """
 
@@ -101,7 +104,7 @@ class Recorder(nn.Module):
     def moment(self) -> Tensor:
         if self._moment is None:
             raise RuntimeError("no input has passed this site")
-        return self._moment.total().double() / self.rows
+        return self._moment.total() / self.rows
 
     @property
     def maximum(self) -> Tensor:
@@ -139,14 +142,14 @@ def recorders(family: Family, shapes: Shapes, names: Iterable[str]) -> dict[str,
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:
-    """Σ WᵀW over linears that read one input, float64 [in, in]: sums in float32, of weights in the matmuls' dtype."""
+    """Σ WᵀW over linears that read one input, float32 [in, in], of weights in the matmuls' dtype."""
     moment: SecondMoment | None = None
     for weight in weights:
         rows = weight.detach()
         moment = SecondMoment(rows.shape[1], rows.device) if moment is None else moment
         moment.add(rows.to(matmul_dtype(rows.device)))
     assert moment is not None  # a site has a reader
-    return moment.total().double()
+    return moment.total()
 
 
 def output_moment_by_head(weight: Tensor, head_dim: int) -> Tensor:
@@ -159,12 +162,12 @@ def partial_trace(moment: Tensor, heads: int, matrix: Tensor | None) -> Tensor:
     """[heads, heads] moment of what is left when every head has been mapped by `matrix`.
 
     Args:
-        moment: float64 [heads · d, heads · d].
+        moment: [heads · d, heads · d].
         matrix: [d, d], applied to each head of the rows; None for the identity.
     Returns:
-        Σ_i ((I ⊗ M)ᵀ moment (I ⊗ M))[h, i, k, i] as [heads, heads].
+        Σ_i ((I ⊗ M)ᵀ moment (I ⊗ M))[h, i, k, i] as [heads, heads], in the moment's dtype.
     """
     d = moment.shape[0] // heads
     blocks = moment.view(heads, d, heads, d)
     gram = torch.eye(d, dtype=moment.dtype, device=moment.device) if matrix is None else matrix @ matrix.T
-    return torch.einsum("hikj,ij->hk", blocks, gram)
+    return torch.einsum("hikj,ij->hk", blocks, gram.to(moment.dtype))

@@ -125,8 +125,9 @@ def _balanced(
         return Start(None, None, diag)
     if layout.diag and spec.diagonal == "smooth":
         diag = _diag(spec, layout, family, weights, recorded)
-        moment = moment * diag[:, None] * diag
-        weight = weight / diag[:, None] / diag
+        by_channel = diag.to(moment.dtype)
+        moment = moment * by_channel[:, None] * by_channel
+        weight = weight / by_channel[:, None] / by_channel
         left, right, _ = balanced_transform(moment, weight, layout.n1, layout.n2, with_diag=False, generator=generator)
         return Start(left, right, diag)
     return Start(*balanced_transform(moment, weight, layout.n1, layout.n2, with_diag=layout.diag, generator=generator))

@@ -47,7 +47,7 @@ def outputs_second_moment(width: int, tokens: int, seed: int = 0) -> torch.Tenso
 @pytest.mark.parametrize("width", [4, RANK, RANK + 1, 3 * RANK])
 def test_a_weighing_is_the_moment_on_its_diagonal_and_along_its_largest_directions(width: int):
     moment = outputs_second_moment(width, 4 * width)
-    diagonal, directions = weighing(moment, CPU)
+    diagonal, directions = weighing(moment)
     whole = torch.diag(diagonal) + directions.float() @ directions.float().T
     torch.testing.assert_close(whole.diagonal(), moment.diagonal(), rtol=2e-2, atol=0)  # directions are bf16
     assert bool((diagonal >= 0).all())
@@ -58,7 +58,7 @@ def test_a_weighing_is_the_moment_on_its_diagonal_and_along_its_largest_directio
 
 
 def test_the_error_of_a_weighing_is_its_quadratic_form():
-    weigher, residual = weighing(outputs_second_moment(80, 200), CPU), heavy_tailed(2, 5, 80)
+    weigher, residual = weighing(outputs_second_moment(80, 200)), heavy_tailed(2, 5, 80)
     whole = np.diag(array(weigher.diagonal)) + array(weigher.directions) @ array(weigher.directions).T
     expected = np.einsum("abi,ij,abj->ab", array(residual), whole, array(residual))
     np.testing.assert_allclose(array(weigher.error(residual.clone())), expected, rtol=2e-2)
@@ -68,7 +68,7 @@ def test_the_error_of_a_weighing_is_its_quadratic_form():
 def test_rows_take_nearly_the_factors_that_the_whole_moment_finds(symmetric: bool):
     """What is left out of a second moment costs little of what clips gain."""
     weight, moment = heavy_tailed(40, 6 * RANK), outputs_second_moment(6 * RANK, 2000)
-    clips = search_weight_clips(weight, weighing(moment, CPU), WeightSpec(bits=4, symmetric=symmetric))
+    clips = search_weight_clips(weight, weighing(moment), WeightSpec(bits=4, symmetric=symmetric))
 
     def error(factors: np.ndarray) -> np.ndarray:
         residual = np.stack(
@@ -90,7 +90,7 @@ def test_rows_take_nearly_the_factors_that_the_whole_moment_finds(symmetric: boo
 def test_each_row_and_group_of_a_weight_takes_the_factor_of_least_output_error(symmetric: bool, group: int):
     weight, rows = heavy_tailed(6, 32), heavy_tailed(50, 32, seed=1)
     moment = rows.T @ rows / 50
-    clips = search_weight_clips(weight, weighing(moment, CPU), WeightSpec(bits=4, group=group, symmetric=symmetric))
+    clips = search_weight_clips(weight, weighing(moment), WeightSpec(bits=4, group=group, symmetric=symmetric))
     groups = 32 // group if group else 1
     assert clips.shape == (6, groups, 2)
     assert torch.equal(clips[..., 0], clips[..., 1])
@@ -114,7 +114,7 @@ def test_each_row_and_group_of_a_weight_takes_the_factor_of_least_output_error(s
 def test_a_site_takes_the_factor_of_least_output_error(symmetric: bool):
     rows, weight = heavy_tailed(64, 16), heavy_tailed(24, 16, seed=1)
     layout = SiteLayout("x", 16, 4, 4, left=True, right=True, diag=False, bits=4, symmetric=symmetric, clip=True)
-    clip = search_activation_clip(rows, weighing(weight.T @ weight, CPU), layout)
+    clip = search_activation_clip(rows, weighing(weight.T @ weight), layout)
     assert clip.shape == (2,)
 
     def error(factor: float) -> float:

@@ -33,7 +33,7 @@ def test_moments_and_maxima_are_those_of_the_activations(tmp_path: Path, name: s
     for site, recorder in ready.recorded.items():
         rows = activations[site].reshape(-1, activations[site].shape[-1])
         assert recorder.rows == len(rows)
-        assert (recorder.moment.dtype, recorder.maximum.dtype) == (torch.float64, torch.float32)
+        assert (recorder.moment.dtype, recorder.maximum.dtype) == (torch.float32, torch.float32)
         moment = rows.T @ rows / len(rows)
         np.testing.assert_allclose(recorder.moment, moment, rtol=0, atol=1e-5 * np.abs(moment).max(), err_msg=site)
         np.testing.assert_allclose(recorder.maximum, np.abs(rows).max(0), rtol=1e-4, err_msg=site)

@@ -21,6 +21,11 @@ SAMPLE_ROWS = 128
 MOST_ROWS = 1024
 """Rows of all batches that are kept."""
 
+MOMENT_TOKENS = 1024
+"""Tokens that a second moment is taken over, at least: what is made of one, factors of the width's root and weights of
+errors, does not become measurably better with more, and of a wide site it takes as long as the forward pass.
+"""
+
 PARTS = 8
 """A moment's columns are summed in so many parts, each from its own diagonal on: 9/16 of a whole product."""
 LEAST_PART = 96
@@ -66,14 +71,14 @@ class SecondMoment:
 class Recorder(nn.Module):
     """A site that lets x through unchanged and accumulates its second moment and maxima over the last axis.
 
-    `moment`: float32 [width, width], the mean of xᵀx over rows seen. `maximum`: float32 [width], max |x|.
+    `moment`: float32 [width, width], the mean of xᵀx over every `every`-th row. `maximum`: float32 [width], max |x|.
     `sample`: float32 [rows, width], rows of every batch, evenly spaced; at most `MOST_ROWS`.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, every: int = 1) -> None:
         super().__init__()
-        self.width = width
-        self.rows = 0
+        self.width, self.every = width, every
+        self.rows = self._seen = 0
         self._moment: SecondMoment | None = None
         self._maximum: Tensor | None = None
         self._sample: Tensor | None = None
@@ -85,16 +90,24 @@ class Recorder(nn.Module):
         if self._moment is None or self._maximum is None:
             self._moment = SecondMoment(self.width, x.device)
             self._maximum = torch.zeros(self.width, device=x.device)
-        self._moment.add(rows)
+        some = self._evenly(rows, self.every)
+        self._moment.add(some)
         self._maximum = torch.maximum(self._maximum, torch.maximum(rows.amax(0), -rows.amin(0)).float())
         self._keep_some(rows)
-        self.rows += rows.shape[0]
+        self.rows += some.shape[0]
+        self._seen += rows.shape[0]
         return x
+
+    def _evenly(self, rows: Tensor, every: int) -> Tensor:
+        """Every so many of all the rows that pass, in whatever batches: not the first of each batch, which is the first
+        token of a window.
+        """
+        return rows[-self._seen % every :: every]
 
     def _keep_some(self, rows: Tensor) -> None:
         # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
         stride = (rows.shape[0] // SAMPLE_ROWS) | 1
-        some = rows[:: stride * self._thinned].float()
+        some = self._evenly(rows, stride * self._thinned).float()
         self._sample = some if self._sample is None else torch.cat([self._sample, some])
         while len(self._sample) > MOST_ROWS:
             # A third of what there is, and of what comes: an odd stride again.
@@ -133,12 +146,18 @@ def _bf16_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def recorders(family: Family, shapes: Shapes, names: Iterable[str]) -> dict[str, Recorder]:
-    """Recorders for the sites in `names` of a block, and for post-RoPE queries where `key` is among them."""
+def recorders(family: Family, shapes: Shapes, names: Iterable[str], tokens: int = 0) -> dict[str, Recorder]:
+    """Recorders for the sites in `names` of a block, and for post-RoPE queries where `key` is among them.
+
+    Args:
+        tokens: how many will pass, so that of many only some go into the moments.
+    """
     names, linears = set(names), shapes.linears(family)
-    sites = {site.name: Recorder(linears[site.readers[0]][1]) for site in family.sites if site.name in names}
+    # An odd stride meets every position of a window, and the first, whose activations often are massive, as often.
+    every = max(1, (tokens // MOMENT_TOKENS - 1) | 1)
+    sites = {site.name: Recorder(linears[site.readers[0]][1], every) for site in family.sites if site.name in names}
     heads = ({KEY, QUERY} if KEY in names else set()) | ({VALUE} if VALUE in names else set())
-    return sites | {name: Recorder(shapes.head_dim) for name in heads}
+    return sites | {name: Recorder(shapes.head_dim, every) for name in heads}
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:

@@ -67,10 +67,10 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
     for index in progress.track(range(last_missing + 1), "calibrate"):
         block_started = time.monotonic()
         missing = not stage.complete(names[index])
-        recorded = recorders(source.family, source.shapes, sites) if missing else {}
+        recorded = recorders(source.family, source.shapes, sites, hidden[..., 0].numel()) if missing else {}
         block = source.block(index, device=torch_device)
         # The block that is fitted stays as it was read: the full-precision pass may take its linears in bf16.
-        full_precision = attach_sites(copy.deepcopy(block) if missing else block, source.family, recorded)
+        full_precision = attach_sites(_sharing_copy(block) if missing else block, source.family, recorded)
         targets = _run(full_precision, hidden, kwargs[index], recipe, torch_device)
         del full_precision
         if missing:
@@ -166,6 +166,12 @@ def calibration_tokens(run: Run, source: BlockSource, samples: int = 0) -> Tenso
     if samples:
         return available_windows(text, tokenizer, samples, spec.seqlen, spec.seed)
     return calibration_windows(text, tokenizer, spec.samples, spec.seqlen, spec.seed)
+
+
+def _sharing_copy(block: nn.Module) -> nn.Module:
+    """A copy whose parameters are others with the same memory."""
+    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in block.parameters()}
+    return copy.deepcopy(block, dict[int, Any](shared))
 
 
 def _check_finite(source: BlockSource, index: int, targets: Tensor) -> None:

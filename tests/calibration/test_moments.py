@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatq_cli.calibration.moments import (
+    MOMENT_TOKENS,
     MOST_ROWS,
     Recorder,
     SecondMoment,
@@ -85,6 +86,28 @@ def test_the_sample_of_many_batches_is_bounded_and_comes_from_all_of_them():
     sample = recorder.sample.flatten()
     assert MOST_ROWS / 3 < len(sample) <= MOST_ROWS
     assert sample.unique().numel() == 200
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+def test_of_many_tokens_every_few_go_into_the_moment_whatever_the_batches_are(batch: int):
+    windows, length = 16, 64
+    recorder, x = Recorder(2, every=3), torch.randn(windows, length, 2)
+    for first in range(0, windows, batch):
+        recorder(x[first : first + batch])
+    rows = x.reshape(-1, 2)[::3]
+    torch.testing.assert_close(recorder.moment, rows.T @ rows / len(rows))
+    assert torch.equal(recorder.maximum, x.abs().amax((0, 1)))
+    # Each position of a window is as often among them as any other.
+    positions = (torch.arange(windows * length)[::3] % length).bincount(minlength=length)
+    assert positions.max() - positions.min() <= 1
+
+
+def test_few_tokens_all_go_into_the_moments_and_of_many_about_as_many(tmp_path: Path):
+    source = prepare(tmp_path).source
+    for tokens, taken in ((0, 1), (100, 1), (2047, 1), (4096, 3), (131072, 127)):
+        made = recorders(source.family, source.shapes, ["attn_in", "key"], tokens)
+        assert {recorder.every for recorder in made.values()} == {taken}
+        assert tokens / taken >= min(tokens, MOMENT_TOKENS)
 
 
 def test_a_recorder_without_input_says_so():

@@ -200,8 +200,8 @@ def searched_clips(
     linears: dict[str, Tensor] = {}
     clipped = recipe.weights.bits < 16 and recipe.weights.clip == "learned"
     for site in family.sites if clipped else ():
-        moment = _transformed(recorded[site.name].moment, input_transform(site.name, transforms, shapes))
-        weigher = weighing(moment)
+        transform, moment = input_transform(site.name, transforms, shapes), recorded[site.name].moment
+        weigher = weighing(moment if transform is None else transform.congruent(moment))
         for reader in site.readers:
             linears[reader] = search_weight_clips(folded[f"{reader}.weight"], weigher, recipe.weights)
     return ClipStart(sites, linears)
@@ -223,11 +223,6 @@ def _readers_weighing(
         output = output_moment_by_head(weights[f"{family.output_proj}.weight"], shapes.head_dim)
         return weighing(_inverse_transformed(output.float(), transforms.get(VALUE)))
     return weighing_of_rows(folded[f"{reader}.weight"] for reader in family.site(site).readers)
-
-
-def _transformed(moment: Tensor, transform: Transform | None) -> Tensor:
-    """Tᵀ M T."""
-    return moment if transform is None else transform.apply(transform.apply(moment).T)
 
 
 def _inverse_transformed(moment: Tensor, transform: Transform | None) -> Tensor:

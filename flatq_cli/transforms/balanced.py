@@ -69,7 +69,7 @@ def balanced_diag(second_x: Tensor, second_w: Tensor) -> Tensor:
 
 
 def kronecker_fit(
-    sigma: Tensor, n1: int, n2: int, iterations: int = 10, ridge: float = RIDGE, tolerance: float = 1e-4
+    sigma: Tensor, n1: int, n2: int, iterations: int = 10, ridge: float = RIDGE, tolerance: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
     """Fit Σ ≈ A ⊗ B by maximum likelihood of a matrix-normal distribution: given B, A has a closed form, and the
     reverse.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
@@ -355,33 +356,48 @@ def test_a_dry_run_of_a_preset_needs_the_hub_and_says_so(in_folder, monkeypatch)
 def test_smollm2_from_its_preset_to_generated_text(tmp_path):
     small = ("--set", "calibration.data=pydoc", "--set", "calibration.samples=2", "--set", "calibration.seqlen=64")
     story(tmp_path)
+    run = "runs/smollm2-135m-balanced"
+    directory = f"{run}/export/flatq"
+    measured = ("--ppl", "pydoc", "--seqlen", "128", "--limit", "4", "--json")
     commands = [
         ("calibrate", "--model", "smollm2-135m", "--recipe", "balanced", *small),
         ("fuse",),
         ("export",),
-        ("eval", "--ppl", "pydoc", "--seqlen", "128", "--limit", "4", "--json", "out.json"),
-        ("eval", "smollm2-135m", "--ppl", "pydoc", "--seqlen", "128", "--limit", "4", "--json", "float.json"),
+        ("eval", *measured, "out.json"),
+        ("eval", directory, "--backend", "reference", *measured, "reference.json"),
+        ("eval", directory, "--backend", "cpu", *measured, "cpu.json"),
+        ("eval", "smollm2-135m", *measured, "float.json"),
     ]
     for command in commands:
         said = flatq(tmp_path, *command)
         assert said.code == 0, said.stderr
-    quantized, original = (
+    quantized, packed, by_integers, original = (
         json.loads((tmp_path / name).read_text(encoding="utf-8"))["perplexity"]["pydoc"]["value"]
-        for name in ("out.json", "float.json")
+        for name in ("out.json", "reference.json", "cpu.json", "float.json")
     )
+    assert packed == by_integers == quantized  # to the last digit: docs/decisions/0011-exact-sums.md
     # 128 tokens to calibrate on are few, and yet the model is far from round-to-nearest's hundreds times the original.
     assert original < quantized < 8 * original
     code = (
-        "import flatq_cli\n"
+        "import sys, torch, flatq_cli\n"
+        "from pathlib import Path\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "directory = 'runs/smollm2-135m-balanced/export/flatq'\n"
+        "from flatq_cli.runtime.fused import open_fused\n"
+        "from flatq_cli.store.run import Run\n"
+        "run, directory = sys.argv[1:]\n"
         "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
-        "model = AutoModelForCausalLM.from_pretrained(directory)\n"
         "prompt = tokenizer('The capital of France is', return_tensors='pt')\n"
-        "tokens = model.generate(**prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False)\n"
-        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n"
+        "fake_quant = open_fused(Run.open(Path(run))).assemble()\n"
+        "for model in fake_quant, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32):\n"
+        "    tokens = model.generate(**prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False)\n"
+        "    print(repr(tokenizer.decode(tokens[0], skip_special_tokens=True)))\n"
     )
-    said = python(tmp_path, "-c", code)
+    said = python(tmp_path, "-c", code, run, directory)
     assert said.code == 0, said.stderr
-    assert said.stdout.startswith("The capital of France is")
-    assert len(said.stdout.strip()) > len("The capital of France is")
+    fake_quant, packed_text = map(ast.literal_eval, said.stdout.splitlines())
+    assert packed_text == fake_quant
+    assert packed_text.startswith("The capital of France is")
+    command = ("generate", directory, "The capital of France is", "--max-new-tokens", "8", "--backend", "reference")
+    said = flatq(tmp_path, *command)
+    assert said.code == 0, said.stderr
+    assert said.stdout.strip()

@@ -13,23 +13,13 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from flatq_cli.runtime.kv_cache import PackedLayer
 from flatq_cli.runtime.pack_cache import pack_cache
 from flatq_cli.runtime.static_cache import PackedStaticLayer
+from tests.runtime.caches import GREEDY, HEAD_DIM, Pair, make_pair, padded_prompts, site, states
 from tests.runtime.tape import Tape
-from tests.runtime.test_kv_cache import GREEDY, HEAD_DIM, MODELS, Pair, make_pair, padded_prompts, site, states
 from tests.tiny import tiny_tokens
 
 ROOM = 40
 PROMPT = 7
 STATIC: dict[str, Any] = {**GREEDY, "cache_implementation": "static"}
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("model"), *MODELS[request.param])
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("llama"), "llama", {})
 
 
 @pytest.fixture(scope="module")

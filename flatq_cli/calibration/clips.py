@@ -34,7 +34,7 @@ from flatq_cli.transforms.kronecker import Transform
 COARSE = (0.56, 0.66, 0.76, 0.86, 0.96)
 STEPS = (0.05, 0.02, 0.01)
 LARGEST = 0.98
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 21
 """So many numbers, rounded with all factors of the coarse grid, are worked on together: small enough for a cache."""
 RANK = 32
 """Directions of a second moment that are kept beside its diagonal."""

@@ -34,7 +34,8 @@ class FusedSource(BlockSource):
         self.weights = recipe.weights
 
     def _prepared(self, block: nn.Module) -> nn.Module:
-        pack_linears(block, self.family.linears, self.weights)
+        for linear in pack_linears(block, self.family.linears, self.weights):
+            linear.stays_unpacked = True  # to be measured, and as large as the float model at most
         return attach_sites(block, self.family, online_sites(self.layouts))
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class PackedLinear(BackendModule):
     Buffers: `weight_packed` uint8 [out, ceil(in / codes per byte)], `weight_scale` float32 [out, groups], `weight_zero`
     int32 [out, groups] or None (symmetric codes), `bias` float32 [out] or None. A fresh one holds zeros.
 
+    `stays_unpacked`: whether the backend `reference` keeps what it unpacks, a float a weight: no unpacking in each forward.
+
     Args:
         group: inputs that share a scale; 0 for one scale a row.
     Raises:
@@ -59,6 +61,7 @@ class PackedLinear(BackendModule):
             raise ValueError(f"a group of {group} weights does not divide a row of {in_features}")
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.symmetric = bits, symmetric
+        self.stays_unpacked = False
         groups = in_features // group if group else 1
         width = packed_width(in_features, bits)
 
@@ -124,15 +127,16 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.detach()
 
 
-def pack_linears(block: nn.Module, names: Iterable[str], spec: WeightSpec) -> None:
+def pack_linears(block: nn.Module, names: Iterable[str], spec: WeightSpec) -> list[PackedLinear]:
     """Replace the linears `names` of `block` by packed ones of their sizes, still empty; in place.
 
     Args:
         spec: the bits, groups and kind of the codes; of 16 bits: nothing is replaced.
+    Returns:
+        The packed ones.
     """
-    if spec.bits == FLOAT_BITS:
-        return
-    for name in names:
+    made: list[PackedLinear] = []
+    for name in names if spec.bits < FLOAT_BITS else ():
         parent, _, child = name.rpartition(".")
         linear: Any = block.get_submodule(name)
         packed = PackedLinear(
@@ -145,6 +149,8 @@ def pack_linears(block: nn.Module, names: Iterable[str], spec: WeightSpec) -> No
             linear.weight.device,
         )
         setattr(block.get_submodule(parent), child, packed)
+        made.append(packed)
+    return made
 
 
 def packed_tensors(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ def test_generate_with_a_static_cache_runs_to_its_end(llama):
     assert out.shape == (2, PROMPT + STEPS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_gpu_sums_codes_exactly(dtype, bits):
     from flatq_cli.runtime.backends.reference import exact_product
@@ -151,5 +151,5 @@ def test_a_gpu_sums_codes_exactly(dtype, bits):
     end = 2 ** (bits - 1)
     a = torch.randint(-end, end, (70, 2048), generator=generator)
     b = torch.randint(-8, 8, (96, 2048), generator=generator)
-    found = exact_product(a.float().cuda(), b.to(torch.int8).cuda(), end * 8, dtype)
+    found = exact_product(a.to(DEVICE, dtype), b.to(DEVICE, dtype), end * 8)
     assert torch.equal(found.cpu(), (a @ b.T).float())

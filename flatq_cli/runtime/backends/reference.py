@@ -13,6 +13,7 @@ dequantizes its weight to float32, casts it to the activation's dtype and multip
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,10 +61,30 @@ class Reference(Backend):
     def linear(self, linear: PackedLinear, x: Tensor) -> Tensor:
         """Codes by codes, or a plain linear on the dequantized weight."""
         if isinstance(x, QuantizedActivation) and has_whole_rows(linear):
-            return code_linear(x, centred_codes(linear), linear)
+            return code_linear(x, _unpacked(linear, _codes_in, _multiplied_in(x)), linear)
         x = x.values() if isinstance(x, QuantizedActivation) else x
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        return functional.linear(x, linear.dequantize().to(x.dtype), bias)
+        return functional.linear(x, _unpacked(linear, _weight_in, x.dtype), bias)
+
+
+def _unpacked(linear: PackedLinear, make: Callable[[PackedLinear, torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+    """What `make` makes of the weight, kept where the layer says so."""
+    return linear.prepared(make, dtype) if linear.stays_unpacked else make(linear, dtype)
+
+
+def _codes_in(linear: PackedLinear, dtype: torch.dtype) -> Tensor:
+    return centred_codes(linear).to(dtype)
+
+
+def _weight_in(linear: PackedLinear, dtype: torch.dtype) -> Tensor:
+    return linear.dequantize().to(dtype)
+
+
+def _multiplied_in(x: QuantizedActivation) -> torch.dtype:
+    """What codes are multiplied in. Sums are float32 at least; of 16 bits, every integer to 256 is a bfloat16."""
+    if x.scale.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if x.device.type == "cuda" and x.dtype.itemsize == 2 else torch.float32
 
 
 def has_whole_rows(linear: PackedLinear) -> bool:
@@ -81,36 +102,33 @@ def code_linear(x: QuantizedActivation, codes: Tensor, linear: PackedLinear) -> 
     """x Wᵀ + b from the codes of both, `[..., in]` → `[..., out]` in x's dtype.
 
     Args:
-        codes: `centred_codes(linear)`, in any dtype.
+        codes: `centred_codes(linear)` in the dtype to multiply in.
     """
     largest = 2**x.bits * 2 ** (linear.bits - (1 if linear.symmetric else 0))
-    sums = exact_product(x.centred(), codes, largest, x.dtype)
+    sums = exact_product(x.centred().to(codes.dtype), codes, largest)
     y = scaled(sums.mul_(linear.weight_scale.flatten()), x.scale.reshape(-1, 1), linear.bias, x.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def exact_product(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
+def exact_product(a: Tensor, b: Tensor, largest: int) -> Tensor:
     """a bᵀ of matrices of integers, `[rows, in]` and `[out, in]`; the sum exact, rounded once to the result's dtype.
 
     Args:
-        a: int8, or float64: then so is the result; else that is float32. b: any dtype. largest: bound of |a| · |b|.
-        dtype: what the model computes in; of 16 bits, a GPU multiplies in it, where sums are float32 all the same.
+        a, b: float64, and so is the result; or float32, or bfloat16 on a GPU, and the result is float32.
+        largest: bound of |a| · |b|.
     """
     if a.dtype == torch.float64:
-        return a @ b.double().mT
+        return a @ b.mT
     width, whole = a.shape[-1], EXACT // largest
     parts = [slice(start, start + whole) for start in range(0, width, whole)]
-    products = (_product(a[:, part], b[:, part], dtype) for part in parts)
+    products = (_product(a[:, part], b[:, part]) for part in parts)
     if len(parts) == 1:
         return next(products)
     return sum((product.double() for product in products), torch.zeros((), dtype=torch.float64)).float()
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if a.is_cuda and dtype.itemsize == 2:
-        # Every integer to 256 is a bfloat16.
-        return torch.mm(a.bfloat16(), b.bfloat16().mT, out_dtype=torch.float32)
-    return a.float() @ b.float().mT
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b.mT, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b.mT
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ class PackedLinear(BackendModule):
     Buffers: `weight_packed` uint8 [out, ceil(in / codes per byte)], `weight_scale` float32 [out, groups], `weight_zero`
     int32 [out, groups] or None (symmetric codes), `bias` float32 [out] or None. A fresh one holds zeros.
 
-    `stays_unpacked`: whether the backend `reference` keeps what it unpacks, a float a weight: no unpacking in each forward.
+    `stays_unpacked`: whether the backend `reference` keeps what it unpacks, a float a weight, for the next forward.
 
     Args:
         group: inputs that share a scale; 0 for one scale a row.

@@ -7,6 +7,7 @@ the block computes its full-precision outputs, which calibration needs anyway; n
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -21,10 +22,13 @@ SAMPLE_ROWS = 128
 MOST_ROWS = 1024
 """Rows of all batches that are kept."""
 
-MOMENT_TOKENS = 1024
-"""Tokens that a second moment is taken over, at least: what is made of one, factors of the width's root and weights of
-errors, does not become measurably better with more, and of a wide site it takes as long as the forward pass.
+LEAST_TOKENS = 1024
+"""Tokens that a second moment is taken over, at least; and at least five sixths of the site's width, and so many that
+the first token of a window, whose activations often are massive, is among them `LEAST_STARTS` times. What is made of a
+moment, factors of the width's root and weights of errors, was not measurably better with three times as many
+(docs/experiments.md), and of a wide site more take as long as the forward pass.
 """
+LEAST_STARTS = 4
 
 PARTS = 8
 """A moment's columns are summed in so many parts, each from its own diagonal on: 9/16 of a whole product."""
@@ -99,10 +103,10 @@ class Recorder(nn.Module):
         return x
 
     def _evenly(self, rows: Tensor, every: int) -> Tensor:
-        """Every so many of all the rows that pass, in whatever batches: not the first of each batch, which is the first
+        """Every so many of all the rows that pass, in whatever batches; not the first of each batch, which is the first
         token of a window.
         """
-        return rows[-self._seen % every :: every]
+        return rows[(every // 2 - self._seen) % every :: every]
 
     def _keep_some(self, rows: Tensor) -> None:
         # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
@@ -146,18 +150,29 @@ def _bf16_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def recorders(family: Family, shapes: Shapes, names: Iterable[str], tokens: int = 0) -> dict[str, Recorder]:
+def recorders(
+    family: Family, shapes: Shapes, names: Iterable[str], windows: int = 0, length: int = 0
+) -> dict[str, Recorder]:
     """Recorders for the sites in `names` of a block, and for post-RoPE queries where `key` is among them.
 
     Args:
-        tokens: how many will pass, so that of many only some go into the moments.
+        windows, length: how many windows of how many tokens will pass, so that of many tokens only some go into the
+            moments; 0: unknown.
     """
     names, linears = set(names), shapes.linears(family)
-    # An odd stride meets every position of a window, and the first, whose activations often are massive, as often.
-    every = max(1, (tokens // MOMENT_TOKENS - 1) | 1)
-    sites = {site.name: Recorder(linears[site.readers[0]][1], every) for site in family.sites if site.name in names}
+    widths = {site.name: linears[site.readers[0]][1] for site in family.sites if site.name in names}
     heads = ({KEY, QUERY} if KEY in names else set()) | ({VALUE} if VALUE in names else set())
-    return sites | {name: Recorder(shapes.head_dim, every) for name in heads}
+    widths |= dict.fromkeys(heads, shapes.head_dim)
+    return {name: Recorder(width, moment_stride(windows, length, width)) for name, width in widths.items()}
+
+
+def moment_stride(windows: int, length: int, width: int) -> int:
+    """Of how many tokens of `windows` windows of `length` one goes into the second moment of a site of `width`."""
+    every = min(windows * length // max(LEAST_TOKENS, 5 * width // 6), windows // LEAST_STARTS)
+    # One that divides no window meets all positions of a window alike.
+    while every > 1 and math.gcd(every, length) > 1:
+        every -= 1
+    return max(1, every)
 
 
 def weight_moment(weights: Iterable[Tensor]) -> Tensor:

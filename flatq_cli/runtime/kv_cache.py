@@ -18,8 +18,7 @@ Here is the cache that grows. `static_cache.py` has the one that does not, for C
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from flatq_cli.quantization.packing import pack, unpack
 from flatq_cli.quantization.quantizers import quantize
+from flatq_cli.runtime.backends.base import ordinary_tensors
 from flatq_cli.transforms.kronecker import kronecker_matmul
 
 if TYPE_CHECKING:
@@ -166,13 +166,6 @@ class PackedRows:
             for part, old in zip(fresh, self.parts, strict=False):
                 part[:, :, : len(self)] = old[:, :, self.start : self.end]
         self.parts, self.start, self.end = fresh, 0, len(self)
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Tensors made under `torch.inference_mode` could not be written outside it; a cache may outlive it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def packed_rows(site: OnlineSite, x: Tensor) -> tuple[Tensor, ...]:

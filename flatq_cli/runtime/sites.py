@@ -2,7 +2,7 @@
 
 `attach_sites` hangs modules on a block through hooks: what a norm puts out, or what a linear reads, passes through
 its site; post-RoPE queries, keys and values pass through theirs in an attention function registered with transformers
-as `flatq`. A site is any module from tensor to tensor: `OnlineSite` transforms and fake-quantizes; calibration
+as `flatq`. A site is any module from tensor to tensor: `OnlineSite` transforms and quantizes; calibration
 attaches others that only record.
 """
 

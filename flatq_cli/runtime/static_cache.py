@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from flatq_cli.runtime.kv_cache import PackedStates, ordinary_tensors, packed_rows
+from flatq_cli.runtime.backends.base import ordinary_tensors
+from flatq_cli.runtime.kv_cache import PackedStates, packed_rows
 
 if TYPE_CHECKING:
     from flatq_cli.runtime.sites import OnlineSite

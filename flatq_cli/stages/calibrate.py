@@ -67,7 +67,7 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
     for index in progress.track(range(last_missing + 1), "calibrate"):
         block_started = time.monotonic()
         missing = not stage.complete(names[index])
-        recorded = recorders(source.family, source.shapes, sites, hidden[..., 0].numel()) if missing else {}
+        recorded = recorders(source.family, source.shapes, sites, *hidden.shape[:2]) if missing else {}
         block = source.block(index, device=torch_device)
         # The block that is fitted stays as it was read: the full-precision pass may take its linears in bf16.
         full_precision = attach_sites(_sharing_copy(block) if missing else block, source.family, recorded)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flatq_cli.calibration.moments import MOST_ROWS, SAMPLE_ROWS
+from flatq_cli.calibration.moments import MOST_ROWS, SAMPLE_ROWS, moment_stride
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.families import Family, Shapes, family_of
 from flatq_cli.models.locate import load_config, locate
@@ -100,7 +100,7 @@ class CalibrationPlan:
         """
         spec, shapes = self.recipe.calibration, self.shapes
         hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
-        moments = sum(2 * layout.width**2 * FLOAT64 for layout in self.layouts.values())
+        moments = sum(2 * layout.width**2 * FLOAT32 for layout in self.layouts.values())
         widths = [layout.width for layout in self.layouts.values()] or [0]
         rows = min(MOST_ROWS, -(-spec.samples // spec.batch) * min(spec.batch * spec.seqlen, SAMPLE_ROWS))
         sampled = rows * (sum(widths) + SEARCH_COPIES * max(widths)) * FLOAT32
@@ -143,10 +143,9 @@ class CalibrationPlan:
     def seconds(self) -> float:
         """Estimated time of calibrate: the forward passes, the moments, and the training steps."""
         spec = self.recipe.calibration
-        tokens = spec.samples * spec.seqlen
-        forward = tokens * self.flops_per_token
+        forward = spec.samples * spec.seqlen * self.flops_per_token
         training = spec.epochs * PASSES_PER_STEP * forward
-        return self.blocks * (3 * forward + self._moments(tokens) + training) / self.flops_per_second
+        return self.blocks * (3 * forward + self._some_moments() + training) / self.flops_per_second
 
     @property
     def fuse_seconds(self) -> float:
@@ -169,8 +168,19 @@ class CalibrationPlan:
         attention = 2 * self.recipe.calibration.seqlen * self.shapes.heads * self.shapes.head_dim
         return 2 * (self.block_weights + attention)
 
+    def _some_moments(self) -> float:
+        """FLOP of calibrate's moments, which of many tokens take some."""
+        spec = self.recipe.calibration
+        tokens = spec.samples * spec.seqlen
+        strides = {width: moment_stride(spec.samples, spec.seqlen, width) for width in self._widths}
+        return sum(2 * tokens / strides[width] * width**2 for width in self._widths)
+
+    @property
+    def _widths(self) -> list[int]:
+        return [layout.width for layout in self.layouts.values()]
+
     def _moments(self, tokens: int) -> float:
-        return sum(2 * tokens * layout.width**2 for layout in self.layouts.values())
+        return sum(2 * tokens * width**2 for width in self._widths)
 
 
 def plan(model: str, recipe: Recipe, device: str, trust_remote_code: bool = False) -> CalibrationPlan:

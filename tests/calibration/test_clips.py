@@ -14,6 +14,7 @@ from flatq_cli.calibration.clips import (
     search_activation_clip,
     search_weight_clips,
     weighing,
+    weighing_of_rows,
 )
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.runtime.layout import SiteLayout
@@ -55,6 +56,13 @@ def test_a_weighing_is_the_moment_on_its_diagonal_and_along_its_largest_directio
     torch.testing.assert_close(along @ whole @ along, along @ moment @ along, rtol=2e-2, atol=0)
     if width <= RANK:
         torch.testing.assert_close(whole, moment, rtol=0, atol=2e-2 * float(moment.abs().max()))
+
+
+def test_what_weighs_by_rows_is_what_weighs_by_their_moment():
+    matrices = [torch.randn(30, 80), torch.randn(50, 80)]
+    by_rows, by_moment = weighing_of_rows(iter(matrices)), weighing(sum(m.T @ m for m in matrices))
+    residual = torch.randn(7, 80)
+    torch.testing.assert_close(by_rows.error(residual.clone()), by_moment.error(residual.clone()), rtol=1e-2, atol=0)
 
 
 def test_the_error_of_a_weighing_is_its_quadratic_form():

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flatq_cli.calibration.moments import (
-    MOMENT_TOKENS,
+    LEAST_TOKENS,
     MOST_ROWS,
     Recorder,
     SecondMoment,
+    moment_stride,
     output_moment_by_head,
     partial_trace,
     recorders,
@@ -94,20 +95,32 @@ def test_of_many_tokens_every_few_go_into_the_moment_whatever_the_batches_are(ba
     recorder, x = Recorder(2, every=3), torch.randn(windows, length, 2)
     for first in range(0, windows, batch):
         recorder(x[first : first + batch])
-    rows = x.reshape(-1, 2)[::3]
+    rows = x.reshape(-1, 2)[1::3]
     torch.testing.assert_close(recorder.moment, rows.T @ rows / len(rows))
     assert torch.equal(recorder.maximum, x.abs().amax((0, 1)))
-    # Each position of a window is as often among them as any other.
-    positions = (torch.arange(windows * length)[::3] % length).bincount(minlength=length)
-    assert positions.max() - positions.min() <= 1
 
 
-def test_few_tokens_all_go_into_the_moments_and_of_many_about_as_many(tmp_path: Path):
+@given(
+    windows=st.integers(1, 300), length=st.integers(1, 1500) | st.sampled_from([256, 2048]), width=st.integers(1, 16384)
+)
+@example(windows=16, length=256, width=1536)
+@example(windows=128, length=2048, width=14336)
+@example(windows=2, length=1536, width=64)
+def test_enough_tokens_go_into_a_moment_and_every_position_alike(windows: int, length: int, width: int):
+    every = moment_stride(windows, length, width)
+    tokens = torch.arange(windows * length)[every // 2 :: every]
+    assert every == 1 or len(tokens) >= max(LEAST_TOKENS, 5 * width // 6)
+    # A position is in `windows` windows, and should be among the tokens a share of 1 / every of them.
+    counts = (tokens % length).bincount(minlength=length)
+    assert counts.min() >= windows // every
+    assert counts.max() <= windows // every + 1
+
+
+def test_recorders_know_how_much_passes(tmp_path: Path):
     source = prepare(tmp_path).source
-    for tokens, taken in ((0, 1), (100, 1), (2047, 1), (4096, 3), (131072, 127)):
-        made = recorders(source.family, source.shapes, ["attn_in", "key"], tokens)
+    for windows, length, taken in ((0, 0, 1), (8, 16, 1), (16, 256, 3), (128, 2048, 31)):
+        made = recorders(source.family, source.shapes, ["attn_in", "key"], windows, length)
         assert {recorder.every for recorder in made.values()} == {taken}
-        assert tokens / taken >= min(tokens, MOMENT_TOKENS)
 
 
 def test_a_recorder_without_input_says_so():

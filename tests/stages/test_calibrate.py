@@ -9,14 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flatq_cli.calibration.precision import with_fast_linears
 from flatq_cli.errors import UsageError, WorkError
 from flatq_cli.runtime.fused import open_fused
-from flatq_cli.stages.calibrate import calibrate, open_or_create_run
+from flatq_cli.stages.calibrate import _sharing_copy, calibrate, open_or_create_run
 from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.atomic import file_sha256
 from flatq_cli.store.progress import SilentProgress
 from flatq_cli.store.run import Run
-from tests.tiny import FAMILIES, NO_TRANSFORM, RECIPES, calibrated_run, tiny_model_dir, tiny_recipe, tiny_tokens
+from tests.tiny import (
+    FAMILIES,
+    NO_TRANSFORM,
+    RECIPES,
+    calibrated_run,
+    tiny_model_dir,
+    tiny_recipe,
+    tiny_source,
+    tiny_tokens,
+)
 
 SILENT = SilentProgress()
 
@@ -219,3 +229,16 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path, model: Path):
     with pytest.raises(UsageError, match=r"lower calibration\.samples or calibration\.seqlen"):
         open_or_create_run(str(model), recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_full_precision_pass_shares_the_block_and_leaves_it_as_it_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("flatq_cli.calibration.precision.matmul_dtype", lambda device: torch.bfloat16)
+    block = tiny_source(tmp_path, "llama").block(0)
+    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    shared = _sharing_copy(block)
+    assert shared.mlp.up_proj.weight.data_ptr() == block.mlp.up_proj.weight.data_ptr()
+    with_fast_linears(shared, torch.device("cpu"))
+    assert shared.mlp.up_proj.weight.dtype == torch.bfloat16
+    for name, parameter in block.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name])

@@ -5,16 +5,17 @@
     store(…), attend(…)  keys and values into the packed cache, and attention over it, where it has its own way
     why_not(...)         why it does not work here, or None
 
-`reference` defines every result; another backend gives the same up to float rounding. A backend that multiplies
-integers returns a `QuantizedActivation` from `site` (`lazy.py`): the stock block passes it on to the linears as if it
-were the float activation, so it is computed once and shared. Backends hold no state: what one prepares for a module
+`reference` defines every result; another backend gives the same up to float rounding. A backend that multiplies codes
+returns a `QuantizedActivation` from `site` (`lazy.py`): the stock block passes it on to the linears as if it were the
+float activation, so it is computed once and shared. Backends hold no state: what one prepares for a module
 (codes laid out for its kernels) is kept by the module (`BackendModule.prepared`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     from flatq_cli.runtime.sites import OnlineSite
 
 T = TypeVar("T")
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """For tensors that are kept: made under `torch.inference_mode`, they could not be written, or saved for a gradient,
+    outside it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Backend(ABC):

@@ -9,10 +9,11 @@
     else                      as in `reference`, but the weight is unpacked once and not in every forward
 
 Codes are centred (code - zero), so that there are no zero points to correct for; asymmetric ones of 8 bits then exceed
-int8, and are multiplied as floats. In float32 all this gives what `reference` gives, bit for bit.
+int8, and are multiplied as floats in float32, and dequantized in 16 bits. In float32 all this gives what `reference`
+gives, bit for bit, but for attention over a packed cache, which adds in another order.
 
 Weights are laid out for a kernel at the first forward that needs it and kept while the machine has room (`ROOM`): a
-byte a weight for int8, half a byte for int4, an element for a dequantized one. Beyond that, in every forward.
+byte a weight for int8, half a byte for int4, an element where it is unpacked. Beyond that, in every forward.
 """
 
 from __future__ import annotations
@@ -81,21 +82,21 @@ class Cpu(Backend):
         codes, scale = codes.reshape(-1, x.shape[-1]), scale.reshape(-1, 1)
         if fits_int8(site.bits, site.symmetric) and not (few and site.bits < 8):
             codes = codes.to(torch.int8)
-        return QuantizedActivation(codes, scale, None, x.shape, x.dtype, site.bits, values)
+        return QuantizedActivation(codes, scale, None, x.shape, x.dtype, site.bits, values, site.symmetric)
 
     def linear(self, linear: PackedLinear, x: Tensor) -> Tensor:
-        """In integers where x and the weight have codes that fit; else on the dequantized weight."""
+        """In integers where x and the weight have codes that fit; else as `reference`, but unpacked only once."""
+        if x.dtype not in _DTYPES:
+            return REFERENCE.linear(linear, x)
         weights = linear.prepared(Weights)
         if weights.int4_fits and x.dtype == torch.bfloat16 and x.numel() <= FEW_ROWS * linear.in_features:
             return _int4_linear(weights, x.values() if isinstance(x, QuantizedActivation) else x)
         if isinstance(x, QuantizedActivation):
             if weights.int8_fits and (x.codes.dtype == torch.int8 or x.bits < 8):
                 return _int8_linear(weights, x)
-            if weights.whole_rows:
+            if weights.whole_rows and x.dtype == torch.float32:
                 return code_linear(x, weights.floats(), linear)
             x = x.values()
-        if x.dtype not in _DTYPES:
-            return REFERENCE.linear(linear, x)
         return functional.linear(x, *weights.dense(x.dtype))
 
     def store(self, site: OnlineSite, x: Tensor, parts: Sequence[Tensor], row: int) -> bool:

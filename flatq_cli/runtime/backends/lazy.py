@@ -126,9 +126,11 @@ class QuantizedActivation(LazyTensor):
     """An activation as integer codes: (code - zero) · scale.
 
     Args:
-        codes: int8 or float32, as many as the float has, or bytes as `kernels.kron_quant` packs them: uint8 rows.
-        scale: float32, one a row. zero: int32, one a row; None: 0. Leading axes may be folded into one.
-        shape, dtype: of the float. bits: of packed codes. values: the float tensor, if it is there already.
+        codes: int8 or a float dtype, as many as the float has, or bytes as `kernels.kron_quant` packs them: uint8 rows.
+        scale: float32, float64 with float64 codes; one a row. zero: int32, one a row; None: 0. Leading axes may be
+            folded into one.
+        shape, dtype: of the float. bits: of a code. values: the float tensor, if it is there already.
+        symmetric: whether codes are of a symmetric quantizer, and so reach half as far.
     """
 
     def __init__(
@@ -140,12 +142,14 @@ class QuantizedActivation(LazyTensor):
         dtype: torch.dtype,
         bits: int,
         values: Tensor | None = None,
+        symmetric: bool = False,
     ) -> None:
         super().__init__(shape, dtype, codes.device, values)
         self.codes, self.scale, self.zero, self.bits = codes, scale, zero, bits
+        self.largest = 2 ** (bits - 1) if symmetric else 2**bits
 
     def compute(self) -> Tensor:
-        """The codes, dequantized in float32 and cast."""
+        """The codes, dequantized in their scale's dtype and cast."""
         return dequantize(self.centred(), self.scale.reshape(-1, 1)).to(self.dtype).reshape(self.shape)
 
     def centred(self) -> Tensor:

@@ -14,6 +14,7 @@ dequantizes its weight to float32, casts it to the activation's dtype and multip
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flatq_cli.quantization.quantizers import FLOAT_BITS, fake_quantize, quantize
-from flatq_cli.runtime.backends.base import Backend
+from flatq_cli.runtime.backends.base import Backend, ordinary_tensors
 from flatq_cli.runtime.backends.lazy import QuantizedActivation
 from flatq_cli.transforms.kronecker import kronecker_matmul
 
@@ -45,7 +46,7 @@ class Reference(Backend):
 
     def site(self, site: OnlineSite, x: Tensor) -> Tensor:
         """Transform in x's dtype, then quantize; where packed linears read the result, it is their codes, else it is
-        fake-quantized. Differentiable in x and in the site's tensors.
+        fake-quantized. Differentiable in x and in the site's tensors: with gradients, it is fake-quantized too.
         """
         if site.left is not None or site.right is not None:
             x = kronecker_matmul(x, _cast(site.left, x), _cast(site.right, x))
@@ -56,7 +57,7 @@ class Reference(Backend):
             return fake_quantize(x, site.bits, site.symmetric, site.clip)
         codes, scale, zero = quantize(x, site.bits, site.symmetric, site.clip)
         centred = codes if zero is None else codes.sub_(zero)
-        return QuantizedActivation(centred, scale, None, x.shape, x.dtype, site.bits)
+        return QuantizedActivation(centred, scale, None, x.shape, x.dtype, site.bits, symmetric=site.symmetric)
 
     def linear(self, linear: PackedLinear, x: Tensor) -> Tensor:
         """Codes by codes, or a plain linear on the dequantized weight."""
@@ -69,7 +70,10 @@ class Reference(Backend):
 
 def _unpacked(linear: PackedLinear, make: Callable[[PackedLinear, torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
     """What `make` makes of the weight, kept where the layer says so."""
-    return linear.prepared(make, dtype) if linear.stays_unpacked else make(linear, dtype)
+    if not linear.stays_unpacked:
+        return make(linear, dtype)
+    with ordinary_tensors():
+        return linear.prepared(make, dtype)
 
 
 def _codes_in(linear: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -104,7 +108,7 @@ def code_linear(x: QuantizedActivation, codes: Tensor, linear: PackedLinear) -> 
     Args:
         codes: `centred_codes(linear)` in the dtype to multiply in.
     """
-    largest = 2**x.bits * 2 ** (linear.bits - (1 if linear.symmetric else 0))
+    largest = x.largest * 2 ** (linear.bits - (1 if linear.symmetric else 0))
     sums = exact_product(x.centred().to(codes.dtype), codes, largest)
     y = scaled(sums.mul_(linear.weight_scale.flatten()), x.scale.reshape(-1, 1), linear.bias, x.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -121,10 +125,8 @@ def exact_product(a: Tensor, b: Tensor, largest: int) -> Tensor:
         return a @ b.mT
     width, whole = a.shape[-1], EXACT // largest
     parts = [slice(start, start + whole) for start in range(0, width, whole)]
-    products = (_product(a[:, part], b[:, part]) for part in parts)
-    if len(parts) == 1:
-        return next(products)
-    return sum((product.double() for product in products), torch.zeros((), dtype=torch.float64)).float()
+    first, *others = (_product(a[:, part], b[:, part]) for part in parts)
+    return reduce(torch.add, others, first.double()).float() if others else first
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -239,6 +239,17 @@ def test_logits_are_those_of_the_reference_bit_for_bit(directory: Path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_model_that_is_moved_to_float64_is_computed_as_the_reference_does(directory: Path, batch: int):
+    model, ids = load(directory).double(), tiny_tokens(batch)
+    expected = model(ids).logits
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = CPU
+    assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
 def test_generation_is_that_of_the_reference(directory: Path):
     model, ids = load(directory), tiny_tokens(batch=1, length=6)
     options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}

@@ -93,6 +93,31 @@ def test_gradients_flow_through_a_site_that_feeds_packed_linears():
         assert isinstance(REFERENCE.site(site, x), QuantizedActivation)
 
 
+def test_what_is_kept_under_inference_mode_is_of_use_outside_it():
+    packed, _ = rounded_linear(4, 0, True)
+    packed.stays_unpacked = True
+    x = torch.randn(3, 24)
+    with torch.inference_mode():
+        expected = packed(x)
+    x.requires_grad_()
+    y = packed(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("activations", [(4, True), (16, True)])
+def test_a_weight_that_stays_unpacked_is_unpacked_once_and_gives_the_same(activations, monkeypatch):
+    packed, _ = rounded_linear(4, 0, False)
+    x = REFERENCE.site(site_of(*activations), torch.randn(3, 24))
+    expected, unpack, calls = packed(x), PackedLinear.codes, []
+    monkeypatch.setattr(PackedLinear, "codes", lambda self: calls.append(self) or unpack(self))
+    packed.stays_unpacked = True
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(packed(x), expected)
+    assert len(calls) == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sections", [{}, {"weights": {"symmetric": False}, "activations": {"symmetric": False}}])

@@ -1,24 +1,32 @@
 """The fused model of a run, block by block: what `flatq eval` runs as fake-quant.
 
 A `FusedSource` is a block source whose blocks are stock modules with their sites attached and their linears packed,
-as in an export. It reads RUN/fuse alone; the original model gives only its configuration.
+as in an export, and its cache is packed when it generates. It reads RUN/fuse alone; the original model gives only its
+configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from flatq_cli.models.locate import locate
 from flatq_cli.models.source import BlockSource, open_source
+from flatq_cli.quantization.quantizers import FLOAT_BITS
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
 from flatq_cli.runtime.layout import block_layout
 from flatq_cli.runtime.linear import pack_linears, packed_tensors
+from flatq_cli.runtime.pack_cache import use_packed_cache
 from flatq_cli.runtime.sites import ATTENTION, attach_sites, online_sites
 from flatq_cli.store.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STAGE = "fuse"
 
@@ -31,7 +39,25 @@ class FusedSource(BlockSource):
     def __init__(self, original: BlockSource, checkpoint: Checkpoint, recipe: Recipe) -> None:
         super().__init__(original.location, original.config, checkpoint)
         self.layouts = block_layout(recipe, original.family, original.shapes)
-        self.weights = recipe.weights
+        self.weights, self.kv_bits = recipe.weights, recipe.kv_cache.bits
+
+    def assemble(
+        self,
+        make_block: Callable[[int], nn.Module] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: str | None = None,
+    ) -> PreTrainedModel:
+        """As `BlockSource.assemble`; the KV cache is packed as an export's.
+
+        A stock cache is transformed and rounded anew at every step, all its rows at once: in sums of another order, of
+        which a token's codes are others than when it came.
+        """
+        model = super().assemble(make_block, dtype, device, attention)
+        if self.kv_bits < FLOAT_BITS:
+            blocks: Any = model.get_submodule(self.family.layers)
+            use_packed_cache(model.get_submodule(self.family.base), blocks)
+        return model
 
     def _prepared(self, block: nn.Module) -> nn.Module:
         for linear in pack_linears(block, self.family.linears, self.weights):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flatq_cli.models.source import BlockSource
 from flatq_cli.runtime.fused import open_fused
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.runtime.sites import OnlineSite
@@ -44,7 +45,8 @@ def make_pair(folder: Path, variant: str, changes: dict[str, Any], **sections: d
     fuse(run, "cpu", SilentProgress())
     directory = Path(export(run, "flatq", None, SilentProgress())["path"])
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return Pair(open_fused(run).assemble(), loaded, directory)
+    # As a source assembles any model: with transformers' own cache, of which sites fake-quantize what is read.
+    return Pair(BlockSource.assemble(open_fused(run)), loaded, directory)
 
 
 def padded_prompts() -> dict[str, Tensor]:

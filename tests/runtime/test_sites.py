@@ -257,7 +257,7 @@ def test_the_transform_runs_in_the_dtype_of_the_activation():
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(tmp_path: Path, family: str):
     """In float64, so that no code falls on the other side of a tie when a matmul has other sizes."""
     run = fused_run(tmp_path, family)
-    model = open_fused(run).assemble(dtype=torch.float64)
+    model = BlockSource.assemble(open_fused(run), dtype=torch.float64)
     ids = tiny_tokens(batch=2, length=13)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
@@ -270,7 +270,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(tmp_path: 
 
 
 def test_generation_is_the_same_with_and_without_a_cache(tmp_path: Path):
-    model = open_fused(fused_run(tmp_path, "llama")).assemble(dtype=torch.float64)
+    model = BlockSource.assemble(open_fused(fused_run(tmp_path, "llama")), dtype=torch.float64)
     prompt = tiny_tokens(batch=1, length=5)
     options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     options["attention_mask"] = torch.ones_like(prompt)

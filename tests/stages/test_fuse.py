@@ -160,16 +160,18 @@ def test_what_was_trained_is_what_runs_after_fuse(tmp_path: Path, family: str, s
     block.load_state_dict(plain, strict=True)
     with torch.no_grad():
         trained = quantized.tensors(learnable)
-        expected = quantized.run(trained, ready.hidden, ready.kwargs)
-        actual = run_block(block, ready.hidden, ready.kwargs)
     assert trained.keys() == plain.keys()
     for linear in source.family.linears:
-        weight = trained[f"{linear}.weight"]
-        same = torch.isclose(plain[f"{linear}.weight"], weight, rtol=1e-4, atol=1e-4 * float(weight.abs().max()))
+        name = f"{linear}.weight"
+        same = torch.isclose(plain[name], trained[name], rtol=1e-4, atol=1e-4 * float(trained[name].abs().max()))
         assert same.float().mean() > 0.999
+        trained[name] = torch.where(same, trained[name], plain[name])  # of a tiny block one code is much of the output
+    with torch.no_grad():
+        expected = quantized.run(trained, ready.hidden, ready.kwargs)
+        actual = run_block(block, ready.hidden, ready.kwargs)
     error = float((actual - expected).norm() / expected.norm())
-    assert error < 0.05
-    assert float((actual - expected).abs().median()) < 1e-3 * float(expected.abs().max())
+    assert error < 0.005
+    assert float((actual - expected).abs().median()) < 1e-4 * float(expected.abs().max())
 
 
 def test_the_rounding_error_is_that_of_the_weights(tmp_path: Path):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatq_cli.calibration.moments import Recorder, output_moment_by_head
+from flatq_cli.calibration.moments import Recorder, moment_by_head
 from flatq_cli.calibration.precision import matmul_dtype
 from flatq_cli.config.recipe import Recipe, WeightSpec
 from flatq_cli.models.families import Family, Shapes
@@ -38,6 +38,8 @@ AT_ONCE = 1 << 21
 """So many numbers, rounded with all factors of the coarse grid, are worked on together: small enough for a cache."""
 RANK = 32
 """Directions of a second moment that are kept beside its diagonal."""
+SAMPLE_ROWS = 512
+"""Of a site's rows so many, about, decide its clip."""
 
 
 class Weighing(NamedTuple):
@@ -187,24 +189,29 @@ def searched_clips(
 
     Args:
         weights: the float block's parameters.
-        recorded: of every site in `layouts` and of `query`, before any transform.
+        recorded: what passed every site in `layouts`, the linears' sites, and `query`, before any transform.
     """
     folded = fold(weights, transforms, family, shapes)
-    sites: dict[str, Tensor] = {}
-    for name, layout in layouts.items():
-        if layout.clip:
-            transform = input_transform(name, transforms, shapes)
-            rows = recorded[name].sample
-            weigher = _readers_weighing(name, transforms, weights, folded, recorded, family, shapes)
-            sites[name] = search_activation_clip(rows if transform is None else transform.apply(rows), weigher, layout)
-    linears: dict[str, Tensor] = {}
     clipped = recipe.weights.bits < 16 and recipe.weights.clip == "learned"
-    for site in family.sites if clipped else ():
-        transform, moment = input_transform(site.name, transforms, shapes), recorded[site.name].moment
-        weigher = weighing(moment if transform is None else transform.congruent(moment))
-        for reader in site.readers:
-            linears[reader] = search_weight_clips(folded[f"{reader}.weight"], weigher, recipe.weights)
+    readers = {site.name: site.readers for site in family.sites} if clipped else {}
+    sites: dict[str, Tensor] = {}
+    linears: dict[str, Tensor] = {}
+    for name in dict.fromkeys((*(name for name, layout in layouts.items() if layout.clip), *readers)):
+        transform, rows = input_transform(name, transforms, shapes), recorded[name].rows.float()
+        rows = rows if transform is None else transform.apply(rows)
+        if name in layouts and layouts[name].clip:
+            weigher = _readers_weighing(name, transforms, weights, folded, recorded, family, shapes)
+            sites[name] = search_activation_clip(_thinned(rows), weigher, layouts[name])
+        if name in readers:
+            weigher = weighing_of_rows([rows])
+            for reader in readers[name]:
+                linears[reader] = search_weight_clips(folded[f"{reader}.weight"], weigher, recipe.weights)
     return ClipStart(sites, linears)
+
+
+def _thinned(rows: Tensor) -> Tensor:
+    """`SAMPLE_ROWS` of many rows, about: an odd stride meets every position of a window."""
+    return rows[:: (len(rows) // SAMPLE_ROWS) | 1].contiguous()
 
 
 def _readers_weighing(
@@ -218,9 +225,10 @@ def _readers_weighing(
 ) -> Weighing:
     """What weighs an error of a transformed activation of `site`."""
     if site == KEY:
-        return weighing(_inverse_transformed(recorded[QUERY].moment, transforms.get(KEY)))
+        queries = moment_by_head(recorded[QUERY].rows, shapes.head_dim)
+        return weighing(_inverse_transformed(queries.float(), transforms.get(KEY)))
     if site == VALUE:
-        output = output_moment_by_head(weights[f"{family.output_proj}.weight"], shapes.head_dim)
+        output = moment_by_head(weights[f"{family.output_proj}.weight"], shapes.head_dim)
         return weighing(_inverse_transformed(output.float(), transforms.get(VALUE)))
     return weighing_of_rows(folded[f"{reader}.weight"] for reader in family.site(site).readers)
 

@@ -1,7 +1,7 @@
-"""Second moments and maxima of what passes through the sites of a full-precision block.
+"""What passes through the sites of a full-precision block: some of its rows, maxima, and second moments of those.
 
-Everything the starting points need is in sums over tokens: E[xᵀx] and max|x| of each site. They are accumulated while
-the block computes its full-precision outputs, which calibration needs anyway; no token is ever looked at alone.
+Everything the starting points need is read off rows [tokens, width] of each site's input. They are kept while the block
+computes its full-precision outputs, which calibration needs anyway: of many tokens some, evenly spaced.
 """
 
 from __future__ import annotations
@@ -17,16 +17,11 @@ from flatq_cli.calibration.precision import matmul_dtype
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.runtime.layout import KEY, QUERY, VALUE
 
-SAMPLE_ROWS = 128
-"""Rows of a batch that are kept, about."""
-MOST_ROWS = 1024
-"""Rows of all batches that are kept."""
-
-LEAST_TOKENS = 1024
-"""Tokens that a second moment is taken over, at least; and at least five sixths of the site's width, and so many that
-the first token of a window, whose activations often are massive, is among them `LEAST_STARTS` times. What is made of a
-moment, factors of the width's root and weights of errors, was not measurably better with three times as many
-(docs/experiments.md), and of a wide site more take as long as the forward pass.
+LEAST_ROWS = 1024
+"""Rows that are kept of a site, at least; and at least five sixths of its width, and so many that the first token of a
+window, whose activations often are massive, is among them `LEAST_STARTS` times. What is made of them, factors of the
+width's root and weights of errors, was not measurably better with three times as many (docs/experiments.md), and the
+second moment of more rows takes as long as the forward pass.
 """
 LEAST_STARTS = 4
 
@@ -55,85 +50,68 @@ class SecondMoment:
             _bf16_products() if from_bf16 else contextlib.nullcontext(),
         ):
             wide = rows.float()
-            for part in self._parts():
+            for part in _parts(len(self._sum)):
                 self._sum[part, part.start :].addmm_(wide[:, part].T, wide[:, part.start :])
         self._whole = False
 
     def total(self) -> Tensor:
         """The sum, float32 [width, width]: the memory that `add` adds to."""
-        for part in self._parts() if not self._whole else ():
-            self._sum[part.stop :, part] = self._sum[part, part.stop :].T
+        if not self._whole:
+            _mirrored(self._sum)
         self._whole = True
         return self._sum
 
-    def _parts(self) -> Iterator[slice]:
-        width = len(self._sum)
-        size = max(LEAST_PART, -(-width // PARTS))
-        return (slice(first, min(first + size, width)) for first in range(0, width, size))
+
+def _parts(width: int) -> Iterator[slice]:
+    size = max(LEAST_PART, -(-width // PARTS))
+    return (slice(first, min(first + size, width)) for first in range(0, width, size))
+
+
+def _mirrored(moment: Tensor) -> Tensor:
+    """`moment` with what is below the diagonal of its parts copied from above, in place."""
+    for part in _parts(len(moment)):
+        moment[part.stop :, part] = moment[part, part.stop :].T
+    return moment
 
 
 class Recorder(nn.Module):
-    """A site that lets x through unchanged and accumulates its second moment and maxima over the last axis.
+    """A site that lets x through unchanged and keeps every `every`-th of its rows, and on request maxima of all.
 
-    `moment`: float32 [width, width], the mean of xᵀx over every `every`-th row. `maximum`: float32 [width], max |x|.
-    `sample`: float32 [rows, width], rows of every batch, evenly spaced; at most `MOST_ROWS`.
+    `rows`: [kept, width], in the dtype they had. `maximum`: float32 [width], max |x|.
     """
 
-    def __init__(self, width: int, every: int = 1) -> None:
+    def __init__(self, width: int, every: int = 1, maxima: bool = True) -> None:
         super().__init__()
-        self.width, self.every = width, every
-        self.rows = self._seen = 0
-        self._moment: SecondMoment | None = None
+        self.width, self.every, self.maxima = width, every, maxima
+        self._seen = 0
+        self._kept: list[Tensor] = []
         self._maximum: Tensor | None = None
-        self._sample: Tensor | None = None
-        self._thinned = 1
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, self.width)
-        if self._moment is None or self._maximum is None:
-            self._moment = SecondMoment(self.width, x.device)
-            self._maximum = torch.zeros(self.width, device=x.device)
-        some = self._evenly(rows, self.every)
-        self._moment.add(some)
-        self._maximum = torch.maximum(self._maximum, torch.maximum(rows.amax(0), -rows.amin(0)).float())
-        self._keep_some(rows)
-        self.rows += some.shape[0]
+        # Of all rows that pass, in whatever batches; not the first of each, which is the first token of a window.
+        first = (self.every // 2 - self._seen) % self.every
+        self._kept.append(rows[first :: self.every].clone())
         self._seen += rows.shape[0]
+        if self.maxima:
+            largest = torch.maximum(rows.amax(0), -rows.amin(0)).float()
+            self._maximum = largest if self._maximum is None else torch.maximum(self._maximum, largest)
         return x
 
-    def _evenly(self, rows: Tensor, every: int) -> Tensor:
-        """Every so many of all the rows that pass, in whatever batches; not the first of each batch, which is the first
-        token of a window.
-        """
-        return rows[(every // 2 - self._seen) % every :: every]
-
-    def _keep_some(self, rows: Tensor) -> None:
-        # An odd stride meets every position of a sequence, the first token too, whose activations often are massive.
-        stride = (rows.shape[0] // SAMPLE_ROWS) | 1
-        some = self._evenly(rows, stride * self._thinned).float()
-        self._sample = some if self._sample is None else torch.cat([self._sample, some])
-        while len(self._sample) > MOST_ROWS:
-            # A third of what there is, and of what comes: an odd stride again.
-            self._sample, self._thinned = self._sample[::3].clone(), self._thinned * 3
-
     @property
-    def moment(self) -> Tensor:
-        if self._moment is None:
+    def rows(self) -> Tensor:
+        if not self._kept:
             raise RuntimeError("no input has passed this site")
-        return self._moment.total() / self.rows
+        if len(self._kept) > 1:
+            self._kept = [torch.cat(self._kept)]
+        return self._kept[0]
 
     @property
     def maximum(self) -> Tensor:
         if self._maximum is None:
-            raise RuntimeError("no input has passed this site")
+            raise RuntimeError("no input has passed this site, or its maxima were not asked for")
         return self._maximum
-
-    @property
-    def sample(self) -> Tensor:
-        if self._sample is None:
-            raise RuntimeError("no input has passed this site")
-        return self._sample
 
 
 @contextlib.contextmanager
@@ -151,57 +129,59 @@ def _bf16_products() -> Iterator[None]:
 
 
 def recorders(
-    family: Family, shapes: Shapes, names: Iterable[str], windows: int = 0, length: int = 0
+    family: Family, shapes: Shapes, names: Iterable[str], windows: int = 0, length: int = 0, maxima: bool = True
 ) -> dict[str, Recorder]:
     """Recorders for the sites in `names` of a block, and for post-RoPE queries where `key` is among them.
 
     Args:
-        windows, length: how many windows of how many tokens will pass, so that of many tokens only some go into the
-            moments; 0: unknown.
+        windows, length: how many windows of how many tokens will pass, so that of many tokens only some are kept;
+            0: unknown.
+        maxima: whether they also take maxima.
     """
     names, linears = set(names), shapes.linears(family)
     widths = {site.name: linears[site.readers[0]][1] for site in family.sites if site.name in names}
     heads = ({KEY, QUERY} if KEY in names else set()) | ({VALUE} if VALUE in names else set())
     widths |= dict.fromkeys(heads, shapes.head_dim)
-    return {name: Recorder(width, moment_stride(windows, length, width)) for name, width in widths.items()}
+    return {name: Recorder(width, row_stride(windows, length, width), maxima) for name, width in widths.items()}
 
 
-def moment_stride(windows: int, length: int, width: int) -> int:
-    """Of how many tokens of `windows` windows of `length` one goes into the second moment of a site of `width`."""
-    every = min(windows * length // max(LEAST_TOKENS, 5 * width // 6), windows // LEAST_STARTS)
+def row_stride(windows: int, length: int, width: int) -> int:
+    """Of how many tokens of `windows` windows of `length` one is kept of a site of `width`."""
+    every = min(windows * length // max(LEAST_ROWS, 5 * width // 6), windows // LEAST_STARTS)
     # One that divides no window meets all positions of a window alike.
     while every > 1 and math.gcd(every, length) > 1:
         every -= 1
     return max(1, every)
 
 
-def weight_moment(weights: Iterable[Tensor]) -> Tensor:
-    """Σ WᵀW over linears that read one input, float32 [in, in], of weights in the matmuls' dtype."""
-    moment: SecondMoment | None = None
-    for weight in weights:
-        rows = weight.detach()
-        moment = SecondMoment(rows.shape[1], rows.device) if moment is None else moment
-        moment.add(rows.to(matmul_dtype(rows.device)))
-    assert moment is not None  # a site has a reader
-    return moment.total()
+def second_moment(matrices: Iterable[Tensor]) -> Tensor:
+    """Σ MᵀM over matrices [rows, width], float32 [width, width], multiplied in the matmuls' dtype.
+
+    Where that is bf16 an entry is good to three digits: enough for what averages over entries, and twice as fast as
+    `SecondMoment`.
+    """
+    rows = torch.cat([matrix.detach().to(matmul_dtype(matrix.device)) for matrix in matrices])
+    moment = torch.empty(rows.shape[1], rows.shape[1], device=rows.device)
+    for part in _parts(rows.shape[1]):
+        moment[part, part.start :] = rows[:, part].T @ rows[:, part.start :]
+    return _mirrored(moment)
 
 
-def output_moment_by_head(weight: Tensor, head_dim: int) -> Tensor:
-    """Σ over heads of W_hᵀ W_h, float64 [head_dim, head_dim], for an o_proj weight [out, heads · head_dim]."""
-    rows = weight.detach().double().reshape(-1, head_dim)
-    return rows.T @ rows
+def moment_by_head(rows: Tensor, head_dim: int) -> Tensor:
+    """Σ over rows and heads of hᵀh, float64 [head_dim, head_dim], of rows [rows, heads · head_dim]."""
+    heads = rows.detach().double().reshape(-1, head_dim)
+    return heads.T @ heads
 
 
-def partial_trace(moment: Tensor, heads: int, matrix: Tensor | None) -> Tensor:
-    """[heads, heads] moment of what is left when every head has been mapped by `matrix`.
+def moment_over_heads(rows: Tensor, heads: int, matrix: Tensor | None) -> Tensor:
+    """Σ over rows of X Xᵀ, float32 [heads, heads], where X [heads, d] is a row of `rows` with every head mapped.
 
     Args:
-        moment: [heads · d, heads · d].
-        matrix: [d, d], applied to each head of the rows; None for the identity.
-    Returns:
-        Σ_i ((I ⊗ M)ᵀ moment (I ⊗ M))[h, i, k, i] as [heads, heads], in the moment's dtype.
+        rows: [rows, heads · d].
+        matrix: [d, d], which maps each head x to x M; None for the identity.
     """
-    d = moment.shape[0] // heads
-    blocks = moment.view(heads, d, heads, d)
-    gram = torch.eye(d, dtype=moment.dtype, device=moment.device) if matrix is None else matrix @ matrix.T
-    return torch.einsum("hikj,ij->hk", blocks, gram.to(moment.dtype))
+    values = rows.detach().float().view(len(rows), heads, -1)
+    if matrix is not None:
+        values = values @ matrix.to(values.dtype)
+    by_head = values.transpose(0, 1).reshape(heads, -1)
+    return by_head @ by_head.T

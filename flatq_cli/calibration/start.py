@@ -7,17 +7,17 @@ ignore the data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flatq_cli.calibration.moments import Recorder, output_moment_by_head, partial_trace, weight_moment
+from flatq_cli.calibration.moments import Recorder, moment_by_head, moment_over_heads, second_moment
 from flatq_cli.config.recipe import TransformSpec
 from flatq_cli.models.families import Family, Shapes
 from flatq_cli.runtime.layout import ATTN_OUT, KEY, QUERY, VALUE, SiteLayout
-from flatq_cli.transforms.balanced import balanced_diag, balanced_matrix, balanced_transform
+from flatq_cli.transforms.balanced import balanced_diag, balanced_factors, balanced_matrix
 from flatq_cli.transforms.hadamard import random_orthogonal, spreading_matrix
 from flatq_cli.transforms.kronecker import Transform, transform_from_matrices
 from flatq_cli.transforms.parametrize import SvdMatrix
@@ -44,7 +44,7 @@ def starting_transforms(
 
     Args:
         weights: the float block's parameters by name.
-        recorded: moments of the sites and of `query`.
+        recorded: what passed the sites, and `query`.
     """
     starts: dict[str, Start] = {}
     # `value` first: the heads matrix of `attn_out` is balanced for values that P_v has already mapped.
@@ -92,7 +92,12 @@ def _diag(
         # Channels that never fire would get an unbounded scale.
         diag = weight_max.clamp(min=1e-5) ** (1 - spec.smooth_alpha) / input_max.clamp(min=1e-5) ** spec.smooth_alpha
         return diag.clamp(min=1e-5)
-    return balanced_diag(recorded[layout.name].moment.diagonal(), weight_moment(readers).diagonal())
+    return balanced_diag(_square_sums([recorded[layout.name].rows]), _square_sums(readers))
+
+
+def _square_sums(matrices: Iterable[Tensor]) -> Tensor:
+    """Σ over rows of their squares, float32 [width]."""
+    return torch.stack([matrix.detach().float().square().sum(0) for matrix in matrices]).sum(0)
 
 
 def _balanced(
@@ -107,30 +112,30 @@ def _balanced(
 ) -> Start:
     if not (layout.left or layout.right or layout.diag):
         return Start(None, None, None)
-    moment = recorded[layout.name].moment
+    rows = recorded[layout.name].rows
     if layout.name == KEY:
-        return Start(None, _spread(balanced_matrix(moment, recorded[QUERY].moment), generator), None)
+        query = moment_by_head(recorded[QUERY].rows, shapes.head_dim)
+        return Start(None, _spread(balanced_matrix(moment_by_head(rows, shapes.head_dim), query), generator), None)
     if layout.name == VALUE:
-        output = output_moment_by_head(weights[f"{family.output_proj}.weight"], shapes.head_dim)
-        return Start(None, _spread(balanced_matrix(moment, output), generator), None)
-    weight = weight_moment(_readers(family, layout.name, weights))
+        output = moment_by_head(weights[f"{family.output_proj}.weight"], shapes.head_dim)
+        return Start(None, _spread(balanced_matrix(moment_by_head(rows, shapes.head_dim), output), generator), None)
+    readers = _readers(family, layout.name, weights)
     if layout.name == ATTN_OUT:
         value = starts[VALUE].right if VALUE in starts else None
         inverse_transpose = None if value is None else torch.linalg.inv(value).T
-        heads_x = partial_trace(moment, shapes.heads, value)
-        heads_w = partial_trace(weight, shapes.heads, inverse_transpose)
+        heads_x = moment_over_heads(rows, shapes.heads, value)
+        heads_w = moment_over_heads(readers[0], shapes.heads, inverse_transpose)
         return Start(_spread(balanced_matrix(heads_x, heads_w), generator), None, None)
+    diag = _diag(spec, layout, family, weights, recorded) if layout.diag else None
     if not layout.left:
-        diag = _diag(spec, layout, family, weights, recorded) if layout.diag else None
         return Start(None, None, diag)
-    if layout.diag and spec.diagonal == "smooth":
-        diag = _diag(spec, layout, family, weights, recorded)
-        by_channel = diag.to(moment.dtype)
-        moment = moment * by_channel[:, None] * by_channel
-        weight = weight / by_channel[:, None] / by_channel
-        left, right, _ = balanced_transform(moment, weight, layout.n1, layout.n2, with_diag=False, generator=generator)
-        return Start(left, right, diag)
-    return Start(*balanced_transform(moment, weight, layout.n1, layout.n2, with_diag=layout.diag, generator=generator))
+    if diag is not None:
+        by_channel = diag.float()
+        rows, readers = rows * by_channel, [reader / by_channel for reader in readers]
+    left, right = balanced_factors(
+        second_moment([rows]), second_moment(readers), layout.n1, layout.n2, generator=generator
+    )
+    return Start(left, right, diag)
 
 
 def _spread(matrix: Tensor, generator: torch.Generator) -> Tensor:

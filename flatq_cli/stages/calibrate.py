@@ -62,12 +62,14 @@ def calibrate(run: Run, device: str, progress: Progress, trust_remote_code: bool
     layouts = block_layout(recipe, source.family, source.shapes)
     # Weight clips weigh errors by what a linear reads, also where nothing transforms or quantizes that.
     sites = {*layouts, *(site.name for site in source.family.sites)}
+    maxima = recipe.transform.diagonal == "smooth"
     # A run may have been killed after its last block and before the stage was done: then there is none.
     last_missing = max((i for i, name in enumerate(names) if not stage.complete(name)), default=-1)
     for index in progress.track(range(last_missing + 1), "calibrate"):
         block_started = time.monotonic()
         missing = not stage.complete(names[index])
-        recorded = recorders(source.family, source.shapes, sites, *hidden.shape[:2]) if missing else {}
+        samples, seqlen, _ = hidden.shape
+        recorded = recorders(source.family, source.shapes, sites, samples, seqlen, maxima) if missing else {}
         block = source.block(index, device=torch_device)
         # The block that is fitted stays as it was read: the full-precision pass may take its linears in bf16.
         full_precision = attach_sites(_sharing_copy(block) if missing else block, source.family, recorded)
@@ -176,7 +178,7 @@ def _sharing_copy(block: nn.Module) -> nn.Module:
 
 def _check_finite(source: BlockSource, index: int, targets: Tensor) -> None:
     """WorkError where the model itself gives no numbers: nothing could be calibrated to that."""
-    if torch.isfinite(targets).all():
+    if torch.isfinite(targets.sum(dtype=torch.float64)):
         return
     bad = [name for name, tensor in source.block_tensors(index).items() if not torch.isfinite(tensor).all()]
     why = f"{', '.join(bad[:3])} of the model holds NaN or Inf" if bad else "its input or a value in between overflows"

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from flatq_cli.calibration.moments import MOST_ROWS, SAMPLE_ROWS, moment_stride
+from flatq_cli.calibration.clips import SAMPLE_ROWS
+from flatq_cli.calibration.moments import row_stride
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.families import Family, Shapes, family_of
 from flatq_cli.models.locate import load_config, locate
@@ -100,15 +101,16 @@ class CalibrationPlan:
         """
         spec, shapes = self.recipe.calibration, self.shapes
         hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
-        moments = sum(2 * layout.width**2 * FLOAT32 for layout in self.layouts.values())
-        widths = [layout.width for layout in self.layouts.values()] or [0]
-        rows = min(MOST_ROWS, -(-spec.samples // spec.batch) * min(spec.batch * spec.seqlen, SAMPLE_ROWS))
-        sampled = rows * (sum(widths) + SEARCH_COPIES * max(widths)) * FLOAT32
+        kept = {width: width * self._rows_kept(width) for width in self._widths}
+        widest = max(self._widths, default=0)
+        # All sites' rows; of the widest also those behind its transform, two moments, and the search's copies.
+        start = sum(kept[width] for width in self._widths) + kept.get(widest, 0) + 2 * widest**2
+        start += SEARCH_COPIES * SAMPLE_ROWS * widest
         per_token = 16 * shapes.hidden + 8 * shapes.intermediate + 8 * shapes.heads * shapes.head_dim
         step = spec.batch * spec.seqlen * per_token * FLOAT32
         block = WEIGHT_COPIES * self.block_weights * FLOAT32
         embedding = self.vocabulary * shapes.hidden * FLOAT32
-        return max(embedding + hidden // 2, block + hidden + max(step, moments + sampled))
+        return max(embedding + hidden // 2, block + hidden + max(step, start * FLOAT32))
 
     @property
     def fuse_memory_bytes(self) -> int:
@@ -170,10 +172,11 @@ class CalibrationPlan:
 
     def _some_moments(self) -> float:
         """FLOP of calibrate's moments, which of many tokens take some."""
+        return sum(2 * self._rows_kept(width) * width**2 for width in self._widths)
+
+    def _rows_kept(self, width: int) -> int:
         spec = self.recipe.calibration
-        tokens = spec.samples * spec.seqlen
-        strides = {width: moment_stride(spec.samples, spec.seqlen, width) for width in self._widths}
-        return sum(2 * tokens / strides[width] * width**2 for width in self._widths)
+        return spec.samples * spec.seqlen // row_stride(spec.samples, spec.seqlen, width)
 
     @property
     def _widths(self) -> list[int]:

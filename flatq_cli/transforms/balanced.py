@@ -13,7 +13,6 @@ moment's dtype, which may be float32; what is as large as a factor is float64.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +21,6 @@ from flatq_cli.transforms.hadamard import spreading_matrix
 
 RIDGE = 1e-4  # of the mean diagonal, added to moments before they are inverted
 MAX_LOG_DIAG = math.log(1e4)  # a diagonal beyond this means a dead channel, not a scale
-
-
-class BalancedStart(NamedTuple):
-    """Matrices of T = diag(diag) (left ⊗ right), float64: `[n1, n1]`, `[n2, n2]`, `[n1 * n2]` or None."""
-
-    left: Tensor
-    right: Tensor
-    diag: Tensor | None
 
 
 def geometric_mean(a: Tensor, b: Tensor, ridge: float = 0.0) -> Tensor:
@@ -96,44 +87,35 @@ def kronecker_fit(
     return a, b
 
 
-def balanced_transform(
+def balanced_factors(
     sigma_x: Tensor,
     sigma_w: Tensor,
     n1: int,
     n2: int,
     *,
-    with_diag: bool,
     generator: torch.Generator,
     iterations: int = 10,
     ridge: float = RIDGE,
-) -> BalancedStart:
-    """The balanced start of a site: diagonal, then both Kronecker factors, each spread by a Hadamard matrix.
+) -> tuple[Tensor, Tensor]:
+    """The balanced Kronecker factors of a site, each spread by a Hadamard matrix.
 
     Args:
-        sigma_x: E[xᵀx] of the site's input. sigma_w: Σ WᵀW over the linears that read it. Both `[n, n]`, n = n1 · n2,
-        float32 or float64; any scale.
-        with_diag: balance the channels by a diagonal first; otherwise `diag` is None.
+        sigma_x: E[xᵀx] of the site's input, behind the diagonal if it has one. sigma_w: Σ WᵀW over the linears that
+        read it, likewise. Both `[n, n]`, n = n1 · n2, float32 or float64; any scale.
         generator: on the CPU; draws an orthogonal matrix for a size that has no Hadamard matrix.
     Returns:
-        left, right with |det| = 1, and diag of geometric mean 1; float64 on the device of the moments.
-    Memory: two further `[n, n]` next to the moments where there is a diagonal (0.8 GB each at n = 14336 in float32).
+        left `[n1, n1]` and right `[n2, n2]` with |det| = 1; float64 on the device of the moments.
     """
     n = n1 * n2
     if sigma_x.shape != (n, n) or sigma_w.shape != (n, n):
         raise ValueError(f"second moments must be [{n}, {n}], not {tuple(sigma_x.shape)} and {tuple(sigma_w.shape)}")
-    diag = None
-    if with_diag:
-        diag = balanced_diag(sigma_x.diagonal(), sigma_w.diagonal())
-        by_channel = diag.to(sigma_x.dtype)
-        sigma_x = (sigma_x * by_channel).mul_(by_channel[:, None])
-        sigma_w = (sigma_w / by_channel).div_(by_channel[:, None])
     x_left, x_right = kronecker_fit(sigma_x, n1, n2, iterations, ridge)
     w_left, w_right = kronecker_fit(sigma_w, n1, n2, iterations, ridge)
     left, right = (
         balanced_matrix(x, w, ridge) @ spreading_matrix(x.shape[0], generator).to(x.device)
         for x, w in ((x_left, w_left), (x_right, w_right))
     )
-    return BalancedStart(left, right, diag)
+    return left, right
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:

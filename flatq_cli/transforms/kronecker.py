@@ -93,19 +93,6 @@ class Transform:
         right = None if self.right is None else self.right.matrix.to(x.dtype)
         return kronecker_matmul(x, left, right)
 
-    def congruent(self, moment: Tensor) -> Tensor:
-        """Tᵀ M T of a matrix `[width, width]`, the second moment of x T where M is that of x; in M's dtype."""
-        n1, n2 = self.sizes
-        half = self.apply(moment)
-        # From the left by factors of an axis each: Tᵀ applied to rows would first have to transpose them.
-        if self.diag is not None:
-            half = half.mul_(self.diag.to(half.dtype)[:, None])
-        if self.right is not None:
-            half = self.right.matrix.to(half.dtype).mT @ half.reshape(n1, n2, -1)
-        if self.left is not None:
-            half = self.left.matrix.to(half.dtype).mT @ half.reshape(n1, -1)
-        return half.reshape(moment.shape)
-
     def apply_inverse_transpose(self, w: Tensor) -> Tensor:
         """W T^-T for rows `[..., width]` of a weight; in w's dtype."""
         scaled = w if self.diag is None else w / self.diag.to(w.dtype)

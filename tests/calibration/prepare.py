@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.source import BlockSource, run_block
 from flatq_cli.runtime.layout import SiteLayout, block_layout
 from flatq_cli.runtime.sites import ATTENTION, attach_sites, online_sites
+from tests.reference import array
 from tests.tiny import tiny_source, tiny_tokens
 
 CPU = torch.device("cpu")
@@ -84,6 +86,13 @@ class Prepared:
             index=0,
             device=CPU,
         )
+
+
+def moment(recorder: Recorder) -> np.ndarray:
+    """The mean of xᵀx over the rows that passed a site, float64 [width, width]."""
+    rows = array(recorder.rows)
+    mean: np.ndarray = rows.T @ rows / len(rows)
+    return mean
 
 
 def prepare(folder: Path, name: str = "llama", **options: int) -> Prepared:

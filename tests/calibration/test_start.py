@@ -9,7 +9,7 @@ import torch
 
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.config.recipe_files import load_recipe
-from tests.calibration.prepare import Prepared, prepare
+from tests.calibration.prepare import Prepared, moment, prepare
 from tests.reference import array
 
 SITES = {"attn_in", "attn_out", "mlp_in", "mlp_out", "key", "value"}
@@ -106,7 +106,7 @@ def test_the_balanced_diagonal_makes_the_channels_of_both_sides_alike(tmp_path: 
         if site.diag_into is None:
             continue
         diag = array(starts[site.name].diag)
-        activation = np.diag(array(ready.recorded[site.name].moment)) * diag**2
+        activation = np.diag(moment(ready.recorded[site.name])) * diag**2
         weight = sum((array(ready.weights[f"{reader}.weight"]) ** 2).sum(0) for reader in site.readers) / diag**2
         np.testing.assert_allclose(activation / weight, (activation / weight)[0], rtol=1e-6)
 
@@ -121,11 +121,11 @@ def test_heads_keys_and_values_are_balanced(tmp_path: Path):
     heads, dim = shapes.heads, shapes.head_dim
     output = array(ready.weights["self_attn.o_proj.weight"]).reshape(-1, heads, dim)
     value = array(starts["value"].right)
-    attended = array(ready.recorded["attn_out"].moment).reshape(heads, dim, heads, dim)
+    attended = moment(ready.recorded["attn_out"]).reshape(heads, dim, heads, dim)
     sites = {
-        "key": (array(ready.recorded["key"].moment), array(ready.recorded["query"].moment), starts["key"].right),
+        "key": (moment(ready.recorded["key"]), moment(ready.recorded["query"]), starts["key"].right),
         "value": (
-            array(ready.recorded["value"].moment),
+            moment(ready.recorded["value"]),
             np.einsum("ohi,ohj->ij", output, output),
             starts["value"].right,
         ),

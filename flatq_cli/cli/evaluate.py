@@ -67,7 +67,8 @@ def evaluate(
     no_cache: NoCache = False,
     device: DeviceOption = Device.auto,
     backend: Annotated[
-        Backend | None, typer.Option("--backend", help="What an export computes through. (default: reference)")
+        Backend | None,
+        typer.Option("--backend", help="What computes a quantized model. (default: fastest of reference's figures)"),
     ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,

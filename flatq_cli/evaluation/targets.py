@@ -42,7 +42,7 @@ class Target:
         tokenizer: its tokenizer. device, dtype: where and in what it computes.
         load: loads the whole model, on the CPU or where it pleases.
         source: its blocks, if it can be streamed. run: the run that it is.
-        backend: what a model of flatq's computes through once it is loaded (`runtime/backends`); None: `reference`.
+        backend: what a model of flatq's computes through (`runtime/backends`); None: `reference`.
     """
 
     spec: str
@@ -58,6 +58,22 @@ class Target:
     run: Run | None = None
     backend: str | None = None
     _model: PreTrainedModel | None = field(default=None, repr=False)
+
+    def compute_through(self, backend: str) -> None:
+        """Choose the backend, before a weight is read.
+
+        Raises:
+            UsageError: it does not work here, or there are no codes that it could multiply.
+        """
+        from flatq_cli.runtime.backends import check_backend
+        from flatq_cli.runtime.fused import FusedSource
+
+        if self.kind == "float":
+            raise UsageError(f"--backend {backend}: is for quantized models, and {self.spec} is {self.kind}")
+        check_backend(backend, self.device, self.dtype)
+        self.backend = backend
+        if isinstance(self.source, FusedSource):
+            self.source.backend = backend
 
     def model(self) -> PreTrainedModel:
         """The whole model on `device`, ready to answer; loaded the first time it is asked for."""

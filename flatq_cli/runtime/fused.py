@@ -19,6 +19,7 @@ from flatq_cli.models.locate import locate
 from flatq_cli.models.source import BlockSource, open_source
 from flatq_cli.quantization.quantizers import FLOAT_BITS
 from flatq_cli.quantization.weights import CODES, SCALE, ZERO, dequantize_weight
+from flatq_cli.runtime.backends import REFERENCE, set_backend
 from flatq_cli.runtime.layout import block_layout
 from flatq_cli.runtime.linear import pack_linears, packed_tensors
 from flatq_cli.runtime.pack_cache import use_packed_cache
@@ -32,14 +33,30 @@ STAGE = "fuse"
 
 
 class FusedSource(BlockSource):
-    """Embedding, blocks and head of a run's fuse stage."""
+    """Embedding, blocks and head of a run's fuse stage.
+
+    `backend`: what its blocks compute through (`runtime/backends`).
+    """
 
     attention = ATTENTION
+    backend = REFERENCE.name
 
     def __init__(self, original: BlockSource, checkpoint: Checkpoint, recipe: Recipe) -> None:
         super().__init__(original.location, original.config, checkpoint)
         self.layouts = block_layout(recipe, original.family, original.shapes)
         self.weights, self.kv_bits = recipe.weights, recipe.kv_cache.bits
+
+    def block(
+        self,
+        i: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: str | None = None,
+    ) -> nn.Module:
+        """As `BlockSource.block`, computing through `backend`; UsageError where that does not work."""
+        block = super().block(i, dtype, device, attention)
+        set_backend(block, self.backend)
+        return block
 
     def assemble(
         self,

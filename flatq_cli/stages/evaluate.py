@@ -145,11 +145,13 @@ def _open_side(request: EvalRequest, progress: Progress) -> _Side:
     """The target of a request and its kept answers."""
     from flatq_cli.evaluation.identity import identity
     from flatq_cli.evaluation.targets import open_target
+    from flatq_cli.runtime.backends import choose_exact
 
     target = open_target(request.target, request.device, request.trust_remote_code)
-    if request.backend is not None and target.kind != "packed":
-        raise UsageError(f"--backend {request.backend}: is for exports, and {request.target} is {target.kind}")
-    target.backend = request.backend
+    if request.backend is not None:
+        target.compute_through(request.backend)
+    elif target.kind != "float":
+        target.compute_through(choose_exact(target.device, target.dtype))
     folder = cache_dir() / FOLDER if target.run is None else target.run.path / FOLDER
     return _Side(target, Answers(folder / ANSWERS if request.cache else None, identity(target), progress.log))
 

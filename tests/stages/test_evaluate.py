@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flatq_cli.config.recipe_files import load_recipe
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.prompting import Prompting
 from flatq_cli.evaluation.result import EvalResult
+from flatq_cli.runtime.backends import Cpu
 from flatq_cli.stages.calibrate import calibrate, open_or_create_run
 from flatq_cli.stages.eval_request import EvalRequest, check_request, result_name
 from flatq_cli.stages.evaluate import evaluate
@@ -110,18 +112,44 @@ def test_a_run_and_its_export_have_the_same_figures(run: Run, text: Path):
     assert scores[0] == pytest.approx(scores[1], rel=1e-4, nan_ok=True)
 
 
-def test_an_export_is_measured_through_the_backend_that_is_asked_for(run: Run, text: Path):
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_every_backend_that_works_here_gives_the_same_figures(run: Run, text: Path, kind: str):
+    """To the last digit (docs/decisions/0011-exact-sums.md), so what is asked for is a matter of time alone."""
+    export(run, "flatq", None, SilentProgress())
+    target = str(run.path / "export" / "flatq" if kind == "export" else run.path)
+    asked = EvalRequest(target, ppl=(str(text),), tasks=(f"lastword:{text}",), seqlen=16, limit=2, cache=False)
+    default, *others = (
+        evaluate(replace(asked, backend=backend), SilentProgress()) for backend in (None, "reference", "cpu", "auto")
+    )
+    for other in others:
+        assert other.perplexity == default.perplexity
+        assert other.tasks == default.tasks
+
+
+def test_a_backend_that_does_not_work_is_refused_before_the_model_is_read(run: Run, model_dir: Path, text: Path):
     directory = str(run.path / "export" / "flatq")
     export(run, "flatq", None, SilentProgress())
-    plain, named = (
-        evaluate(EvalRequest(directory, ppl=(str(text),), seqlen=16, limit=2, backend=backend), SilentProgress())
-        for backend in (None, "reference")
-    )
-    assert plain.perplexity == named.perplexity
-    with pytest.raises(UsageError, match=r"--backend cpu: is for exports, and .* is fake-quant"):
-        evaluate(EvalRequest(str(run.path), ppl=(str(text),), backend="cpu"), SilentProgress())
-    with pytest.raises(UsageError, match="--backend cuda: "):
-        evaluate(EvalRequest(directory, ppl=(str(text),), seqlen=16, backend="cuda"), SilentProgress())
+    for target, backend, reason in (
+        (directory, "cuda", "--backend cuda: "),
+        (str(run.path), "cuda", "--backend cuda: "),
+        (str(run.path), "abacus", "--backend: there is no 'abacus'"),
+        (str(model_dir), "cpu", "--backend cpu: is for quantized models, and .* is float"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            evaluate(EvalRequest(target, ppl=(str(text),), seqlen=16, backend=backend), SilentProgress())
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_by_default_integers_are_multiplied_where_that_works(
+    run: Run, text: Path, monkeypatch: pytest.MonkeyPatch, works: bool
+):
+    multiplied: list[object] = []
+    linear = Cpu.linear
+    monkeypatch.setattr(Cpu, "linear", lambda self, module, x: (multiplied.append(module), linear(self, module, x))[1])
+    if not works:
+        monkeypatch.setattr(Cpu, "why_not", lambda *_: "no such kernels")
+    evaluate(EvalRequest(str(run.path), ppl=(str(text),), seqlen=16, limit=2, cache=False), SilentProgress())
+    assert bool(multiplied) == works
 
 
 def test_quantization_changes_the_perplexity_and_the_baseline_stands_beside_it(run: Run, model_dir: Path, text: Path):

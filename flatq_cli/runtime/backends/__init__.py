@@ -4,7 +4,8 @@
     cpu          integer and weight-only kernels of torch on the CPU (`cpu.py`)
     cuda         flatq's own kernels
 
-A model is loaded with `reference`; `set_backend(model, "auto")` takes the fastest that works where the model is.
+A model is loaded with `reference`; `set_backend(model, "auto")` takes the fastest that works where the model is, and
+`choose_exact` names the fastest that changes no figure.
 """
 
 from __future__ import annotations
@@ -39,6 +40,25 @@ def choose(device: torch.device | str, dtype: torch.dtype) -> str:
     return fast.name if fast.why_not(device, dtype) is None else REFERENCE.name
 
 
+def choose_exact(device: torch.device | str, dtype: torch.dtype) -> str:
+    """The fastest backend that gives `reference`'s results, bit for bit, for a model on `device` in `dtype`.
+
+    Source: docs/decisions/0011-exact-sums.md.
+    """
+    name = choose(device, dtype)
+    return name if name == Cpu.name and dtype == torch.float32 else REFERENCE.name
+
+
+def check_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> None:
+    """UsageError where there is no backend `name`, or it does not work for a model on `device` in `dtype`."""
+    if name == AUTO:
+        return
+    if name not in BACKENDS:
+        raise UsageError(f"--backend: there is no '{name}'; there are {', '.join((AUTO, *BACKENDS))}")
+    if (reason := BACKENDS[name].why_not(torch.device(device), dtype)) is not None:
+        raise UsageError(f"--backend {name}: {reason}")
+
+
 def set_backend(model: nn.Module, name: str) -> str:
     """Let the sites and packed linears of `model` compute through a backend, in place; its state does not change.
 
@@ -57,10 +77,7 @@ def set_backend(model: nn.Module, name: str) -> str:
     device, dtype = _place(model)
     if name == AUTO:
         name = choose(device, dtype)
-    if name not in BACKENDS:
-        raise UsageError(f"--backend: there is no '{name}'; there are {', '.join((AUTO, *BACKENDS))}")
-    if (reason := BACKENDS[name].why_not(device, dtype)) is not None:
-        raise UsageError(f"--backend {name}: {reason}")
+    check_backend(name, device, dtype)
     if not any(isinstance(module, PackedLinear) for module in modules):
         name = REFERENCE.name
     for before in {module.backend for module in modules}:
@@ -80,4 +97,17 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-__all__ = ["AUTO", "BACKENDS", "Backend", "BackendModule", "QuantizedActivation", "available", "choose", "set_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "REFERENCE",
+    "Backend",
+    "BackendModule",
+    "Cpu",
+    "QuantizedActivation",
+    "available",
+    "check_backend",
+    "choose",
+    "choose_exact",
+    "set_backend",
+]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flatq_cli.errors import UsageError
-from flatq_cli.runtime.backends import BACKENDS, available, choose, set_backend
+from flatq_cli.runtime.backends import BACKENDS, available, choose, choose_exact, set_backend
 from flatq_cli.runtime.backends.reference import REFERENCE
 from flatq_cli.runtime.layout import SiteLayout
 from flatq_cli.runtime.sites import OnlineSite
@@ -27,6 +27,15 @@ def test_auto_is_the_backend_of_the_device_where_it_works(monkeypatch):
     assert choose("cpu", torch.float32) == "reference"
     assert choose("meta", torch.float32) == "reference"
     assert choose("cpu", torch.float64) == "reference"
+
+
+def test_what_changes_no_figure_is_integers_in_float32_where_they_work(monkeypatch):
+    monkeypatch.setattr(type(BACKENDS["cpu"]), "why_not", lambda self, device=None, dtype=None: None)
+    assert choose_exact("cpu", torch.float32) == "cpu"
+    assert choose_exact("cpu", torch.bfloat16) == "reference"
+    assert choose_exact("cuda", torch.float32) == "reference"
+    monkeypatch.setattr(type(BACKENDS["cpu"]), "why_not", lambda self, device=None, dtype=None: "broken")
+    assert choose_exact("cpu", torch.float32) == "reference"
 
 
 def test_cpu_refuses_other_devices_and_dtypes():

@@ -169,8 +169,8 @@ def second_moment(matrices: Iterable[Tensor]) -> Tensor:
 
 def moment_by_head(rows: Tensor, head_dim: int) -> Tensor:
     """Σ over rows and heads of hᵀh, float64 [head_dim, head_dim], of rows [rows, heads · head_dim]."""
-    heads = rows.detach().double().reshape(-1, head_dim)
-    return heads.T @ heads
+    heads = rows.detach().float().reshape(-1, head_dim)
+    return (heads.T @ heads).double()
 
 
 def moment_over_heads(rows: Tensor, heads: int, matrix: Tensor | None) -> Tensor:

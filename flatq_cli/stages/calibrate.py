@@ -204,7 +204,10 @@ def _fit(
     kwargs: dict[str, Any],
     device: torch.device,
 ) -> tuple[dict[str, Tensor], FitResult]:
-    """Start and train `block`, which is the model's block `index`; its tensors as they are stored."""
+    """Start and train `block`, which is the model's block `index`; its tensors as they are stored.
+
+    Empties `recorded`.
+    """
     generator = torch.Generator().manual_seed(recipe.calibration.seed * 100_003 + index)
     block = attach_sites(block, source.family, online_sites(layouts)).to(device)
     quantized = QuantizedBlock(block, source.family, source.shapes, recipe.weights)
@@ -212,6 +215,7 @@ def _fit(
         recipe.transform, layouts, source.family, source.shapes, quantized.parameters, recorded, generator
     )
     clips = _starting_clips(source, recipe, layouts, starts, quantized.parameters, recorded)
+    recorded.clear()  # rows that training has no use for
     learnable = BlockParameters(recipe, layouts, starts, clips).to(device)
     fit = fit_block(
         quantized, learnable, hidden, targets, to_device(kwargs, device), recipe.calibration, index=index, device=device

@@ -20,7 +20,7 @@ from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.families import Family, Shapes, family_of
 from flatq_cli.models.locate import load_config, locate
 from flatq_cli.quantization.weights import groups_of
-from flatq_cli.runtime.layout import SiteLayout, block_layout
+from flatq_cli.runtime.layout import KEY, VALUE, SiteLayout, block_layout
 
 BFLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Copies of a block's weights alive in a training step: its own, folded, quantized, and the gradients of the last two.
@@ -101,11 +101,10 @@ class CalibrationPlan:
         """
         spec, shapes = self.recipe.calibration, self.shapes
         hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
-        kept = {width: width * self._rows_kept(width) for width in self._widths}
         widest = max(self._widths, default=0)
         # All sites' rows; of the widest also those behind its transform, two moments, and the search's copies.
-        start = sum(kept[width] for width in self._widths) + kept.get(widest, 0) + 2 * widest**2
-        start += SEARCH_COPIES * SAMPLE_ROWS * widest
+        start = sum(layout.width * self._rows_kept(layout) for layout in self.layouts.values())
+        start += widest * (self._tokens_kept(widest) + 2 * widest + SEARCH_COPIES * SAMPLE_ROWS)
         per_token = 16 * shapes.hidden + 8 * shapes.intermediate + 8 * shapes.heads * shapes.head_dim
         step = spec.batch * spec.seqlen * per_token * FLOAT32
         block = WEIGHT_COPIES * self.block_weights * FLOAT32
@@ -172,11 +171,17 @@ class CalibrationPlan:
 
     def _some_moments(self) -> float:
         """FLOP of calibrate's moments, which of many tokens take some."""
-        return sum(2 * self._rows_kept(width) * width**2 for width in self._widths)
+        return sum(2 * self._rows_kept(layout) * layout.width**2 for layout in self.layouts.values())
 
-    def _rows_kept(self, width: int) -> int:
+    def _rows_kept(self, layout: SiteLayout) -> int:
+        """Rows that calibrate keeps of a site; with keys also queries, a row a head."""
+        shapes = self.shapes
+        rows = {KEY: shapes.kv_heads + shapes.heads, VALUE: shapes.kv_heads}.get(layout.name, 1)
+        return rows * self._tokens_kept(layout.width)
+
+    def _tokens_kept(self, width: int) -> int:
         spec = self.recipe.calibration
-        return spec.samples * spec.seqlen // row_stride(spec.samples, spec.seqlen, width)
+        return spec.samples * spec.seqlen // row_stride(spec.samples, spec.seqlen, max(1, width))
 
     @property
     def _widths(self) -> list[int]:

@@ -68,7 +68,7 @@ def evaluate(
     device: DeviceOption = Device.auto,
     backend: Annotated[
         Backend | None,
-        typer.Option("--backend", help="What computes a quantized model. (default: fastest of reference's figures)"),
+        typer.Option("--backend", help="What computes a quantized model. (default: the fastest that is exact)"),
     ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,

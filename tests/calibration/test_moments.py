@@ -166,6 +166,14 @@ def test_the_second_moment_of_matrices_is_summed_over_their_rows(width: int):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2**-8 * np.abs(expected).max())
 
 
+def test_a_second_moment_with_one_dominant_direction_stays_positive():
+    """Massive activations: rounded sums would have negative eigenvalues larger than the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(600, 96, generator=generator) + 100 * torch.randn(96, generator=generator)
+    moment = second_moment([rows]).double()
+    assert float(torch.linalg.eigvalsh(moment)[0]) > -1e-6 * float(moment.diagonal().mean())
+
+
 @pytest.mark.parametrize("width", [1, 95, 97, 500, 1000])
 def test_a_second_moment_is_the_sum_of_the_outer_products_of_its_rows(width: int):
     rows = torch.randn(30, width, generator=torch.Generator().manual_seed(0))

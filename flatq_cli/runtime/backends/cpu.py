@@ -10,7 +10,7 @@
 
 Codes are centred (code - zero), so that there are no zero points to correct for; asymmetric ones of 8 bits then exceed
 int8, and are multiplied as floats in float32, and dequantized in 16 bits. In float32 all this gives what `reference`
-gives, bit for bit, but for attention over a packed cache, which adds in another order.
+gives, bit for bit; in 16 bits attention of one token over a packed cache is of its own, and adds in another order.
 
 Weights are laid out for a kernel at the first forward that needs it and kept while the machine has room (`ROOM`): a
 byte a weight for int8, half a byte for int4, an element where it is unpacked. Beyond that, in every forward.
@@ -122,7 +122,10 @@ class Cpu(Backend):
         scores and weights, of which there is one a key, and not to every number of the cache.
         """
         batch, heads, tokens, width = query.shape
-        if tokens != 1 or mask is not None or not _attends(keys) or not _attends(values):
+        # In float32, where models are measured, as in `reference`: a sum in another order is another text in the end.
+        if query.dtype == torch.float32 or tokens != 1 or mask is not None:
+            return None
+        if not _attends(keys) or not _attends(values):
             return None
         grouped = query.float().view(batch, keys.codes.shape[1], -1, width)
         # A byte holds an even and an odd channel: all even ones first, then all odd ones.

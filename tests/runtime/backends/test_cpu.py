@@ -177,11 +177,13 @@ def test_a_token_attends_to_packed_keys_as_sdpa_does_to_their_numbers(heads, sta
         return PackedStates(codes, scale, zero, start, 33, 4, 16)
 
     keys, values = states(), states()
-    query = torch.randn(3, heads, 1, 16, generator=generator)
+    query = torch.randn(3, heads, 1, 16, generator=generator).bfloat16()
     found = CPU.attend(query, keys, values, None, 0.3)
     numbers = (states.dequantize(torch.float64) for states in (keys, values))
     wanted = functional.scaled_dot_product_attention(query.double(), *numbers, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4)
+    assert CPU.attend(query.float(), keys, values, None, 0.3) is None  # as `reference`, to the last digit
     assert CPU.attend(query.expand(3, heads, 2, 16), keys, values, None, 0.3) is None
     assert CPU.attend(query, keys, values, torch.ones(3, 1, 1, 33 - start, dtype=torch.bool), 0.3) is None
 

@@ -210,7 +210,7 @@ def searched_clips(
 
 
 def _thinned(rows: Tensor) -> Tensor:
-    """`SAMPLE_ROWS` of many rows, about: an odd stride meets every position of a window."""
+    """`SAMPLE_ROWS` of many rows, up to twice as many; an odd stride meets every position of a window of 2^k tokens."""
     return rows[:: (len(rows) // SAMPLE_ROWS) | 1].contiguous()
 
 

@@ -1,7 +1,8 @@
 """What passes through the sites of a full-precision block: some of its rows, maxima, and second moments of those.
 
 Everything the starting points need is read off rows [tokens, width] of each site's input. They are kept while the block
-computes its full-precision outputs, which calibration needs anyway: of many tokens some, evenly spaced.
+computes its full-precision outputs, which calibration needs anyway: of many tokens some, evenly spaced. Moments of all
+tokens, as GPTQ's Hessian is one, are summed as the tokens pass (`SecondMoment`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ width's root and weights of errors, was not measurably better with three times a
 second moment of more rows takes as long as the forward pass.
 """
 LEAST_STARTS = 4
+MOST_ROWS, MOST_TIMES = 16 * LEAST_ROWS, 4
+"""Of few long windows, whose first tokens are few, not more rows are kept than these, or so many times the least."""
 
 PARTS = 8
 """A moment's columns are summed in so many parts, each from its own diagonal on: 9/16 of a whole product."""
@@ -147,11 +150,15 @@ def recorders(
 
 def row_stride(windows: int, length: int, width: int) -> int:
     """Of how many tokens of `windows` windows of `length` one is kept of a site of `width`."""
-    every = min(windows * length // max(LEAST_ROWS, 5 * width // 6), windows // LEAST_STARTS)
+    tokens, least = windows * length, max(LEAST_ROWS, 5 * width // 6)
+    every = min(tokens // least, windows // LEAST_STARTS)
     # One that divides no window meets all positions of a window alike.
     while every > 1 and math.gcd(every, length) > 1:
         every -= 1
-    return max(1, every)
+    larger = tokens // max(MOST_ROWS, MOST_TIMES * least)
+    while larger > 1 and math.gcd(larger, length) > 1:
+        larger += 1
+    return max(1, every, larger if larger <= tokens // least else 1)
 
 
 def second_moment(matrices: Iterable[Tensor]) -> Tensor:

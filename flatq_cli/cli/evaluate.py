@@ -68,7 +68,7 @@ def evaluate(
     device: DeviceOption = Device.auto,
     backend: Annotated[
         Backend | None,
-        typer.Option("--backend", help="What computes a quantized model. (default: the fastest that is exact)"),
+        typer.Option("--backend", help="What computes a quantized model. (default: the fastest of equal figures)"),
     ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatq_cli.config.locations import PACKAGE, kernels_dir
 from flatq_cli.models.locate import TOKENIZER_FILES, ModelLocation, fingerprint, weight_files
+from flatq_cli.runtime.backends import REFERENCE, choose_exact
 from flatq_cli.runtime.integrity import stored_tensor_digests
 from flatq_cli.store.versions import package_versions
 
@@ -49,12 +50,19 @@ def identity(target: Target, by_content: bool = False) -> str:
         "files": _contents(target.location),
         "dtype": str(target.dtype),
         "device": _device_kind(target.device),
-        "backend": target.backend,
+        "backend": _arithmetic(target),
         "versions": {name: versions.get(name) for name in _PACKAGES},
         "lm_eval": importlib.metadata.version("lm_eval"),
         "sources": _sources(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _arithmetic(target: Target) -> str | None:
+    """The backend, where it makes a difference: None for `reference` and for one that gives the same bits."""
+    if target.backend in (REFERENCE.name, choose_exact(target.device, target.dtype)):
+        return None
+    return target.backend
 
 
 def _weights(target: Target, by_content: bool) -> Any:

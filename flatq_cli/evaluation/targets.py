@@ -63,15 +63,15 @@ class Target:
         """Choose the backend, before a weight is read.
 
         Raises:
-            UsageError: it does not work here, or there are no codes that it could multiply.
+            UsageError: it does not work here, or the target is a float model.
         """
-        from flatq_cli.runtime.backends import check_backend
+        from flatq_cli.runtime.backends import AUTO, check_backend, choose
         from flatq_cli.runtime.fused import FusedSource
 
         if self.kind == "float":
-            raise UsageError(f"--backend {backend}: is for quantized models, and {self.spec} is {self.kind}")
+            raise UsageError(f"--backend {backend}: {self.spec} is a float model; leave it out")
         check_backend(backend, self.device, self.dtype)
-        self.backend = backend
+        self.backend = backend = choose(self.device, self.dtype) if backend == AUTO else backend
         if isinstance(self.source, FusedSource):
             self.source.backend = backend
 

@@ -32,7 +32,7 @@ class EvalRequest:
         baseline: a second target, measured in the same way.
         batch: questions in a forward pass; "auto": as many as fit.
         prompting: how questions are put. device: "cpu" or "cuda".
-        backend: what an export computes through; None: `reference`, which defines its results.
+        backend: what a quantized target computes through; None: the fastest that gives `reference`'s figures.
         cache: whether answers are kept, and those that are kept taken.
         shard: the part of the windows and questions to take. log_samples: a file for every question, in JSON lines.
         gates: limits on the figures (`config/gate_files.py`).

@@ -75,10 +75,10 @@ def evaluate(request: EvalRequest, progress: Progress) -> EvalResult:
     check_request(request)
     take_peak()  # what was needed before is not the evaluation's
     started = time.monotonic()
-    sides = [_open_side(request, progress)]
+    sides = [_open_side(request, request.target, progress)]
     texts, tasks, contents = _open_questions(request, progress)
     if request.baseline is not None:
-        sides.append(_open_side(replace(request, target=request.baseline, backend=None), progress))
+        sides.append(_open_side(request, request.baseline, progress))
     name = result_name(request, [text.name for text in texts], contents)
     samples: list[str] = []
 
@@ -141,17 +141,20 @@ def keep_result(run: Path, result: EvalResult, progress: Progress) -> None:
     progress.log(f"written: {folder / name}.json")
 
 
-def _open_side(request: EvalRequest, progress: Progress) -> _Side:
-    """The target of a request and its kept answers."""
+def _open_side(request: EvalRequest, spec: str, progress: Progress) -> _Side:
+    """The target of a request, or its baseline, which may be a float model whatever the backend; with kept answers."""
     from flatq_cli.evaluation.identity import identity
     from flatq_cli.evaluation.targets import open_target
     from flatq_cli.runtime.backends import choose_exact
 
-    target = open_target(request.target, request.device, request.trust_remote_code)
-    if request.backend is not None:
-        target.compute_through(request.backend)
-    elif target.kind != "float":
-        target.compute_through(choose_exact(target.device, target.dtype))
+    target = open_target(spec, request.device, request.trust_remote_code)
+    backend = request.backend
+    if target.kind != "float":
+        backend = backend or choose_exact(target.device, target.dtype)
+    elif spec != request.target:
+        backend = None
+    if backend is not None:
+        target.compute_through(backend)
     folder = cache_dir() / FOLDER if target.run is None else target.run.path / FOLDER
     return _Side(target, Answers(folder / ANSWERS if request.cache else None, identity(target), progress.log))
 

@@ -25,6 +25,8 @@ from flatq_cli.runtime.layout import KEY, VALUE, SiteLayout, block_layout
 BFLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Copies of a block's weights alive in a training step: its own, folded, quantized, and the gradients of the last two.
 WEIGHT_COPIES = 5
+# Copies of a site's rows alive while they are transformed: as floats, scaled, multiplied by one factor.
+TRANSFORM_COPIES = 3
 # Copies of a site's sampled rows alive while its clip is searched.
 SEARCH_COPIES = 5
 # A step costs forward, backward to inputs and backward to weights: three forwards.
@@ -97,14 +99,14 @@ class CalibrationPlan:
     @property
     def memory_bytes(self) -> int:
         """Peak: the larger of the embedding alone, and a block with its hidden states and either one step's activations
-        or what its start is found from: moments, and sampled rows with the copies that the search for clips makes.
+        or what its start is found from: some rows of every site, and second moments.
         """
         spec, shapes = self.recipe.calibration, self.shapes
         hidden = 2 * spec.samples * spec.seqlen * shapes.hidden * FLOAT32
         widest = max(self._widths, default=0)
-        # All sites' rows; of the widest also those behind its transform, two moments, and the search's copies.
+        # All sites' rows; of the widest also those being transformed, two moments, and the search's copies.
         start = sum(layout.width * self._rows_kept(layout) for layout in self.layouts.values())
-        start += widest * (self._tokens_kept(widest) + 2 * widest + SEARCH_COPIES * SAMPLE_ROWS)
+        start += widest * (TRANSFORM_COPIES * self._tokens_kept(widest) + 2 * widest + SEARCH_COPIES * SAMPLE_ROWS)
         per_token = 16 * shapes.hidden + 8 * shapes.intermediate + 8 * shapes.heads * shapes.head_dim
         step = spec.batch * spec.seqlen * per_token * FLOAT32
         block = WEIGHT_COPIES * self.block_weights * FLOAT32
@@ -181,7 +183,7 @@ class CalibrationPlan:
 
     def _tokens_kept(self, width: int) -> int:
         spec = self.recipe.calibration
-        return spec.samples * spec.seqlen // row_stride(spec.samples, spec.seqlen, max(1, width))
+        return spec.samples * spec.seqlen // row_stride(spec.samples, spec.seqlen, width)
 
     @property
     def _widths(self) -> list[int]:

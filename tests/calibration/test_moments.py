@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from flatq_cli.calibration.moments import (
     LEAST_ROWS,
+    MOST_ROWS,
+    MOST_TIMES,
     Recorder,
     SecondMoment,
     moment_by_head,
@@ -106,14 +109,23 @@ def test_of_many_tokens_every_few_are_kept_whatever_the_batches_are(batch: int):
 @example(windows=16, length=256, width=1536)
 @example(windows=128, length=2048, width=14336)
 @example(windows=2, length=1536, width=64)
+@example(windows=7, length=32768, width=14336)
 def test_enough_tokens_are_kept_and_every_position_alike(windows: int, length: int, width: int):
     every = row_stride(windows, length, width)
     tokens = torch.arange(windows * length)[every // 2 :: every]
-    assert every == 1 or len(tokens) >= max(LEAST_ROWS, 5 * width // 6)
+    least = max(LEAST_ROWS, 5 * width // 6)
+    assert every == 1 or len(tokens) >= least
+    if math.gcd(length, 2 * 3 * 5 * 7) == 1:  # else there may be no such stride
+        assert len(tokens) <= 2 * max(MOST_ROWS, MOST_TIMES * least)
     # A position is in `windows` windows, and should be among the tokens a share of 1 / every of them.
     counts = (tokens % length).bincount(minlength=length)
     assert counts.min() >= windows // every
     assert counts.max() <= windows // every + 1
+
+
+def test_few_long_windows_are_thinned_too():
+    assert row_stride(7, 32768, 14336) == 5
+    assert row_stride(3, 256, 576) == 1
 
 
 def test_recorders_know_how_much_passes(tmp_path: Path):

@@ -14,6 +14,7 @@ from flatq_cli.config.locations import PACKAGE
 from flatq_cli.evaluation import identity as module
 from flatq_cli.evaluation.identity import identity
 from flatq_cli.evaluation.targets import open_target
+from flatq_cli.runtime.backends import Cpu
 from flatq_cli.stages.export import export
 from flatq_cli.store.progress import SilentProgress
 from flatq_cli.store.run import Run
@@ -77,10 +78,17 @@ def test_dtype_backend_and_versions_are_part_of_it(model: Path, monkeypatch: pyt
     found = {
         identity(target),
         identity(replace(target, dtype=torch.bfloat16)),
-        identity(replace(target, backend="cpu")),
+        identity(replace(target, dtype=torch.bfloat16, backend="cpu")),
     }
     monkeypatch.setattr(module, "package_versions", lambda: {"flatq": "9", "torch": "9", "transformers": "9"})
     assert len({*found, identity(target)}) == 4
+
+
+@pytest.mark.skipif(Cpu().why_not() is not None, reason="torch multiplies no integers on this CPU")
+def test_backends_that_give_the_same_bits_are_one(model: Path):
+    """So shards of machines with and without integer kernels go together."""
+    target = open_target(str(model), "cpu")
+    assert len({identity(replace(target, backend=backend)) for backend in (None, "reference", "cpu")}) == 1
 
 
 def test_so_is_the_code_that_computes(model: Path, monkeypatch: pytest.MonkeyPatch):

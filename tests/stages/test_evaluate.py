@@ -18,6 +18,7 @@ from flatq_cli.config.recipe_files import load_recipe
 from flatq_cli.errors import UsageError
 from flatq_cli.evaluation.prompting import Prompting
 from flatq_cli.evaluation.result import EvalResult
+from flatq_cli.evaluation.targets import Target
 from flatq_cli.runtime.backends import Cpu
 from flatq_cli.stages.calibrate import calibrate, open_or_create_run
 from flatq_cli.stages.eval_request import EvalRequest, check_request, result_name
@@ -27,6 +28,7 @@ from flatq_cli.stages.fuse import fuse
 from flatq_cli.store.progress import SilentProgress
 from flatq_cli.store.run import Run
 
+needs_integers = pytest.mark.skipif(Cpu().why_not() is not None, reason="torch multiplies no integers on this CPU")
 WORDS = ["the", "old", "dog", "sees", "a", "river", "and", "garden"]
 
 
@@ -112,6 +114,7 @@ def test_a_run_and_its_export_have_the_same_figures(run: Run, text: Path):
     assert scores[0] == pytest.approx(scores[1], rel=1e-4, nan_ok=True)
 
 
+@needs_integers
 @pytest.mark.parametrize("kind", ["run", "export"])
 def test_every_backend_that_works_here_gives_the_same_figures(run: Run, text: Path, kind: str):
     """To the last digit (docs/decisions/0011-exact-sums.md), so what is asked for is a matter of time alone."""
@@ -133,13 +136,30 @@ def test_a_backend_that_does_not_work_is_refused_before_the_model_is_read(run: R
         (directory, "cuda", "--backend cuda: "),
         (str(run.path), "cuda", "--backend cuda: "),
         (str(run.path), "abacus", "--backend: there is no 'abacus'"),
-        (str(model_dir), "cpu", "--backend cpu: is for quantized models, and .* is float"),
+        (str(model_dir), "cpu", "--backend cpu: .* is a float model; leave it out"),
     ):
         with pytest.raises(UsageError, match=reason):
             evaluate(EvalRequest(target, ppl=(str(text),), seqlen=16, backend=backend), SilentProgress())
 
 
-@pytest.mark.parametrize("works", [True, False])
+def test_the_backend_is_that_of_a_quantized_baseline_too_and_not_of_a_float_one(
+    run: Run, model_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen: list[tuple[str, str]] = []
+    through = Target.compute_through
+    monkeypatch.setattr(
+        Target, "compute_through", lambda self, name: (chosen.append((self.spec, name)), through(self, name))[1]
+    )
+    asked = EvalRequest(str(run.path), ppl=(str(text),), seqlen=16, limit=1, backend="reference", cache=False)
+    evaluate(replace(asked, baseline=str(model_dir)), SilentProgress())
+    assert chosen == [(str(run.path), "reference")]
+    export(run, "flatq", None, SilentProgress())
+    baseline = str(run.path / "export" / "flatq")
+    evaluate(replace(asked, baseline=baseline), SilentProgress())
+    assert chosen[1:] == [(str(run.path), "reference"), (baseline, "reference")]
+
+
+@pytest.mark.parametrize("works", [pytest.param(True, marks=needs_integers), False])
 def test_by_default_integers_are_multiplied_where_that_works(
     run: Run, text: Path, monkeypatch: pytest.MonkeyPatch, works: bool
 ):

@@ -199,12 +199,13 @@ class SiteConstants:
         """`x` `[..., width]` times L ⊗ R, in x's dtype; in float32 if x is small: products in 16 bits start slowly."""
         if self._identity:
             return x
+        as_reference = x.dtype == torch.float32  # to the last bit
         x = x.float() if x.numel() <= SMALL else x
         if x.dtype not in self._cast:
             left, right = (None if matrix is None else matrix.to(x.dtype) for matrix in self._own)
             self._cast[x.dtype] = left, right
         left, right = self._cast[x.dtype]
-        if left is None or x.numel() > x.shape[-1]:
+        if as_reference or left is None or x.numel() > x.shape[-1]:
             return kronecker_matmul(x, left, right)
         # One row is one matrix: half the time of a batch of one.
         one = x.reshape(left.shape[0], -1)

@@ -254,12 +254,15 @@ def test_a_model_that_is_moved_to_float64_is_computed_as_the_reference_does(dire
 @torch.no_grad()
 def test_generation_is_that_of_the_reference(directory: Path):
     model, ids = load(directory), tiny_tokens(batch=1, length=6)
-    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
-    options["attention_mask"] = torch.ones_like(ids)
+    options = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **options)
     set_backend(model, "auto")
     assert model.model.layers[0].mlp.up_proj.backend is CPU
-    assert torch.equal(model.generate(ids, **options), expected)
+    found = model.generate(ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    # In float32 to the last bit, over the packed cache too: what is measured does not depend on the backend.
+    assert all(torch.equal(one, other) for one, other in zip(found.logits, expected.logits, strict=True))
 
 
 @torch.no_grad()

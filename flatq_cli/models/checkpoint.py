@@ -32,6 +32,9 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # GGUF tensors that hold rope factors: transformers computes those from the config.
 GGUF_ROPE = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
+# Bytes of a quantized GGUF tensor that gguf dequantizes fastest as one row: 16 of them, as floats, fit a cache.
+ROW_BYTES = 1 << 13
+
 
 class Checkpoint(Protocol):
     """The tensors of a model by their transformers names."""
@@ -173,19 +176,33 @@ class GgufCheckpoint:
     def read(self, name: str) -> Tensor:
         """The tensor, dequantized to float32."""
         import numpy as np
-        from gguf import dequantize
 
         if name not in self._hf_to_gguf:
             raise UsageError(f"{self._path}: the weights have no tensor {name}")
         stored = self._tensors[self._hf_to_gguf[name]]
         try:
-            values = dequantize(stored.data, stored.tensor_type)
+            values = _dequantized(stored)
         except (NotImplementedError, ValueError) as error:
             raise UsageError(f"{self._path}: cannot read tensor {stored.name}: {error}") from error
         processed = self._processor.process(
             weights=values, name=stored.name, tensor_key_mapping=self._gguf_to_hf, parsed_parameters={"tensors": {}}
         )
-        return torch.from_numpy(np.copy(processed.weights))
+        # What was not quantized is still the file's own memory, which nobody may write to: that is copied.
+        return torch.from_numpy(np.require(processed.weights, requirements=("C", "W")))
+
+
+def _dequantized(stored: Any) -> Any:
+    """A GGUF's tensor as float32 numpy array. gguf works on 16 rows at a time, which are few numbers where rows are
+    short: several of them are shown to it as one.
+    """
+    from gguf import dequantize
+
+    data = stored.data
+    if data.dtype != "uint8" or data.ndim != 2:
+        return dequantize(data, stored.tensor_type)
+    rows, width = data.shape
+    joined = next(n for n in range(max(1, ROW_BYTES // width), 0, -1) if rows % n == 0)
+    return dequantize(data.reshape(rows // joined, -1), stored.tensor_type).reshape(rows, -1)
 
 
 def _transformers_mapping(path: Path, architecture: str, config: PreTrainedConfig) -> tuple[Any, dict[str, str]]:

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flatq_cli.errors import UsageError
-from flatq_cli.models.checkpoint import GgufCheckpoint, SafetensorsCheckpoint
+from flatq_cli.models.checkpoint import GgufCheckpoint, SafetensorsCheckpoint, _dequantized
 from flatq_cli.models.locate import locate
 from flatq_cli.models.source import open_source
 
@@ -134,6 +136,14 @@ def test_a_gguf_with_biases_reads_as_transformers_reads_it(make_dir, config_of, 
     assert "model.layers.2.self_attn.v_proj.bias" in checkpoint.names()
     for name in checkpoint.names():
         assert torch.equal(checkpoint.read(name), reference.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 64), (48, 96), (997, 32), (40, 16384)])
+def test_rows_that_are_dequantized_together_are_what_gguf_makes_of_each(kind, shape):
+    data = gguf.quantize(np.random.default_rng(0).normal(size=shape).astype(np.float32), kind)
+    found = _dequantized(SimpleNamespace(data=data, tensor_type=kind))
+    np.testing.assert_array_equal(found, gguf.dequantize(data, kind), strict=True)
 
 
 def test_a_gguf_tensor_without_a_place_in_the_model_is_refused(make_dir, config_of, tmp_path):

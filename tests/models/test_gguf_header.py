@@ -19,6 +19,8 @@ def path(tmp_path):
     writer.add_string("some.text", "größer")
     writer.add_array("some.words", ["one", "", "three"])
     writer.add_array("some.numbers", [1, -2, 3])
+    writer.add_array("some.fractions", [0.5, 0.25])
+    writer.add_array("some.flags", [True, False, True])
     writer.add_tensor("first", np.arange(12, dtype=np.float32).reshape(3, 4))
     writer.add_tensor("second", np.ones(5, dtype=np.float16))
     writer.write_header_to_file()
@@ -33,7 +35,9 @@ def test_a_header_reads_as_gguf_reads_it(path):
     assert list(ours.fields) == list(theirs.fields)
     for name, field in theirs.fields.items():
         assert ours.fields[name].contents() == field.contents(), name
-        assert ours.fields[name].types == field.types
+        assert (ours.fields[name].types, ours.fields[name].data) == (field.types, field.data)
+        for part, expected in zip(ours.fields[name].parts, field.parts, strict=True):
+            np.testing.assert_array_equal(part, expected, strict=True)
     for tensor, expected in zip(ours.tensors, theirs.tensors, strict=True):
         assert tensor.name == expected.name
         assert tensor.tensor_type == expected.tensor_type

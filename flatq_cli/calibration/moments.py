@@ -35,7 +35,9 @@ LEAST_PART = 96
 
 
 class SecondMoment:
-    """Σ xᵀx over rows, in float32 whatever autocast says; what lies below the diagonal is copied, not computed.
+    """Σ xᵀx over rows, whose entries are rounded to the dtype of matmuls; the sum is float32, whatever autocast says. A
+    moment of few strong directions, with its own entries rounded, is no longer positive. What lies below the diagonal
+    is copied, not computed.
 
     Args:
         width: the length of a row.
@@ -47,12 +49,11 @@ class SecondMoment:
 
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, width] of any float dtype."""
-        from_bf16 = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-        with (
-            torch.autocast(rows.device.type, enabled=False),
-            _bf16_products() if from_bf16 else contextlib.nullcontext(),
-        ):
-            wide = rows.float()
+        dtype = matmul_dtype(rows.device)
+        # The CPU's matmul rounds float32 itself.
+        rounds = dtype == torch.bfloat16 and rows.device.type == "cpu"
+        with torch.autocast(rows.device.type, enabled=False), _bf16_products() if rounds else contextlib.nullcontext():
+            wide = rows.detach().float() if rounds else rows.detach().to(dtype).float()
             for part in _parts(len(self._sum)):
                 self._sum[part, part.start :].addmm_(wide[:, part].T, wide[:, part.start :])
         self._whole = False
@@ -119,8 +120,8 @@ class Recorder(nn.Module):
 
 @contextlib.contextmanager
 def _bf16_products() -> Iterator[None]:
-    """Matmuls of float32 on the CPU multiply in bf16 and add in float32: exact for what came from bf16, and three times
-    as fast (a matmul of bf16 tensors would round the sums to bf16 as well).
+    """Matmuls of float32 on the CPU multiply in bf16 and add in float32, three times as fast (a matmul of bf16 tensors
+    would round the sums to bf16 as well).
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts it there at run time
     before = settings.fp32_precision
@@ -162,14 +163,11 @@ def row_stride(windows: int, length: int, width: int) -> int:
 
 
 def second_moment(matrices: Iterable[Tensor]) -> Tensor:
-    """Σ MᵀM over matrices [rows, width], float32 [width, width]; their entries are rounded to the matmuls' dtype.
-
-    The sums are not: a moment of few strong directions, with its entries rounded, is no longer positive.
-    """
+    """Σ MᵀM over matrices [rows, width], float32 [width, width]."""
     first, *others = matrices
     moment = SecondMoment(first.shape[1], first.device)
     for matrix in (first, *others):
-        moment.add(matrix.detach().to(matmul_dtype(matrix.device)))
+        moment.add(matrix)
     return moment.total()
 
 

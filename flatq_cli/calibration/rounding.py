@@ -5,15 +5,14 @@ the block runs on the quantized prefix's output, the second moment of each site'
 that read it are rounded, and the next site of the same block then sees them rounded.
 
 The block runs site by site over all sequences. What does not change any more is not computed again: attention ends in
-o_proj and the MLP in down_proj, so once one of these is rounded, what it read is kept and the module around it is
-stood for by that one linear.
+o_proj and the MLP in down_proj, so once one of these is rounded, its output is kept and stands for the module around
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -155,11 +154,6 @@ def run_running(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> 
         return run_block(block, hidden, dict(kwargs))
 
 
-def _batches(hidden: Tensor, batch: int) -> Iterator[slice]:
-    for first in range(0, hidden.shape[0], batch):
-        yield slice(first, min(first + batch, hidden.shape[0]))
-
-
 class _BySite:
     """A block that runs as far as a site, on all sequences, while what comes behind it is still to be rounded.
 
@@ -170,95 +164,87 @@ class _BySite:
     def __init__(self, block: nn.Module, family: Family, hidden: Tensor, kwargs: Mapping[str, Any], batch: int) -> None:
         self.block, self.family, self.hidden, self.kwargs, self.batch = block, family, hidden, kwargs, batch
         self.device = next(block.parameters()).device
-        self.inputs = _Inputs(self.device)
+        self.known = _Known(self.device)
 
     def input_moment(self, site: InputSite) -> Tensor:
         """The second moment, float32 [width, width], of what the readers of `site` read."""
         linear: Any = self.block.get_submodule(site.readers[0])
-        dtype = matmul_dtype(self.device)
         moment = SecondMoment(linear.in_features, self.device)
-        kept = self.hidden.new_empty(*self.hidden.shape[:2], linear.in_features, dtype=dtype)
+        kept = self.known.batches[site.name] = []
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].to(dtype)
-            moment.add(x.flatten(0, -2))
-            kept[self.inputs.rows] = x.to(kept.device)
+            moment.add(arguments[0].flatten(0, -2))
+            kept.append(arguments[0].to(matmul_dtype(self.device)).to(self.hidden.device))
             raise _ReachedError  # what comes after it in the block does not matter here
 
         hook = linear.register_forward_pre_hook(note)
-        for rows in _batches(self.hidden, self.batch):
-            self.inputs.rows = rows
+        for rows in self._batches():
             with contextlib.suppress(_ReachedError):
                 run_running(self.block, self.hidden[rows].to(self.device), self.kwargs)
         hook.remove()
-        self.inputs.kept[site.name] = kept
         return moment.total() / (self.hidden.shape[0] * self.hidden.shape[1])
 
     def settle(self, site: InputSite, weights: Mapping[str, Tensor]) -> None:
-        """Give the readers of `site` the weights they keep; what they read is not computed again."""
+        """Give the readers of `site` the weights they keep; what comes before them is not computed again."""
         for linear, weight in weights.items():
             module: Any = self.block.get_submodule(linear)
             module.weight.data = weight.to(module.weight.dtype)
-        read = partial(self.inputs.of, site.name)
         if site.producer is not None:
-            self.block.set_submodule(site.producer, _Known(read))
+            self.block.set_submodule(site.producer, _StandIn(self.known, site.name))
             return
-        # The reader is the last step of the module around it, in whose place it stands from now on.
+        # The reader is the last step of the module around it: its output is that module's.
         (reader,) = site.readers
         around = reader.rpartition(".")[0]
-        self.block.set_submodule(around, _LastStep(module, read, around == self.family.attention))
+        for batch, read in enumerate(self.known.batches[site.name]):
+            # Not through the module: its hook would quantize what is quantized.
+            with fast_matmuls(self.device):
+                output = nn.functional.linear(read.to(self.device), module.weight, module.bias)
+            self.known.batches[site.name][batch] = output.to(read.device)
+        self.block.set_submodule(around, _StandIn(self.known, site.name, around == self.family.attention))
         for earlier in self.family.sites:
-            if earlier.producer is not None and earlier.name in self.inputs.kept:
+            if earlier.producer is not None and earlier.name in self.known.batches:
                 self.block.set_submodule(earlier.producer, nn.Identity())
-                del self.inputs.kept[earlier.name]
+                del self.known.batches[earlier.name]
 
     def finish(self) -> None:
         """When all sites are settled: `hidden` becomes the block's output."""
-        for rows in _batches(self.hidden, self.batch):
-            self.inputs.rows = rows
+        for rows in self._batches():
             output = run_running(self.block, self.hidden[rows].to(self.device), self.kwargs)
             self.hidden[rows] = output.to(self.hidden)
 
+    def _batches(self) -> Iterator[slice]:
+        """The sequences of each batch, which is also `known`'s while it is worked on."""
+        for number, first in enumerate(range(0, self.hidden.shape[0], self.batch)):
+            self.known.number = number
+            yield slice(first, first + self.batch)
 
-class _Inputs:
-    """What linears read, of all sequences, for the stand-ins. Apart from the block, so that no cycle keeps this alive
-    when the block is rounded.
+
+class _Known:
+    """What modules put out, for the stand-ins. Apart from the block, so that no cycle keeps this alive when the block
+    is rounded.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.rows = slice(0)
-        """The sequences that run at the moment."""
-        self.kept: dict[str, Tensor] = {}
-        """By site: [samples, tokens, width], in the dtype of matmuls, where the hidden states are."""
+        self.number = 0
+        """The batch that runs at the moment."""
+        self.batches: dict[str, list[Tensor]] = {}
+        """By site, for each batch: [samples, tokens, width], in the dtype of matmuls, where the hidden states are."""
 
     def of(self, site: str) -> Tensor:
-        """What the readers of `site` read of the sequences that run at the moment."""
-        return self.kept[site][self.rows].to(self.device)
+        """What is known of `site` in the batch that runs at the moment."""
+        return self.batches[site][self.number].to(self.device)
 
 
-class _Known(nn.Module):
-    """Stands for a module whose output is known."""
+class _StandIn(nn.Module):
+    """Stands for a module whose output is known; attention's comes in a tuple."""
 
-    def __init__(self, output: Callable[[], Tensor]) -> None:
+    def __init__(self, known: _Known, site: str, attention: bool = False) -> None:
         super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.output()
-
-
-class _LastStep(nn.Module):
-    """Stands for a module whose last step is `linear`, when it is known what `linear` reads."""
-
-    def __init__(self, linear: Any, read: Callable[[], Tensor], attention: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.read, self.attention = read, attention
+        self.known, self.site, self.attention = known, site, attention
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Not through the module `linear`: its hook would quantize what is quantized.
-        output = nn.functional.linear(self.read(), self.weight, self.bias)
+        output = self.known.of(self.site)
         return (output, None) if self.attention else output
 
 

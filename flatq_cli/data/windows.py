@@ -30,7 +30,16 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, s
         UsageError: the text is too short.
     Source: https://github.com/IST-DASLab/gptq, datautils.py; there windows start anywhere and may overlap.
     """
+    return _chosen(_tokens(text, tokenizer), text, samples, seqlen, seed)
+
+
+def available_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+    """As `calibration_windows`, but fewer where the text has no more than so many; the first are the same."""
     tokens = _tokens(text, tokenizer)
+    return _chosen(tokens, text, max(1, min(samples, len(tokens) // seqlen)), seqlen, seed)
+
+
+def _chosen(tokens: Tensor, text: Text, samples: int, seqlen: int, seed: int) -> Tensor:
     if len(tokens) < samples * seqlen:
         raise UsageError(
             f"{text.name} has {len(tokens):,} tokens; {samples:,} samples of {seqlen:,} need {samples * seqlen:,}: "
@@ -40,12 +49,6 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, s
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(windows), generator=generator)[:samples]
     return windows[chosen]
-
-
-def available_windows(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
-    """As `calibration_windows`, but fewer where the text has no more than so many; the first are the same."""
-    most = len(_tokens(text, tokenizer)) // seqlen
-    return calibration_windows(text, tokenizer, max(1, min(samples, most)), seqlen, seed)
 
 
 def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None) -> Tensor:

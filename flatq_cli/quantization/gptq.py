@@ -82,7 +82,7 @@ def error_feedback(moment: Tensor, damping: float) -> Tensor:
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and torch.isfinite(lower.sum()):
-            feedback: Tensor = lower / lower.diagonal()
+            feedback: Tensor = lower.div_(lower.diagonal().clone())
             return feedback
         damping = max(10 * damping, 1e-6)
     raise WorkError(
@@ -114,15 +114,19 @@ def _round_columns(
         scale: [groups, out]. zero: [out, groups] or None. groups: [in], the group of each column.
     """
     zeros = torch.zeros_like(scale) if zero is None else zero.T.to(scale.dtype)
-    offsets = zeros * scale
+    # An error is (column + zero · scale) - code · scale.
+    shifted = columns if zero is None else columns + (zeros * scale)[groups]
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    # Rows once and for all: taking them one by one costs as much as working on them.
+    code_rows, error_rows, shifted_rows = codes.unbind(), errors.unbind(), shifted.unbind()
+    zero_rows, scale_rows = zeros.unbind(), scale.unbind()
     group_list = groups.tolist()
     for last in range(len(columns), 0, -COLUMNS):
         first = max(0, last - COLUMNS)
         targets = torch.addmm(columns[first:last], feedback[last:, first:last].T, errors[last:])
         for k in range(last - 1, first - 1, -1):
-            g, code = group_list[k], codes[k]
+            code, zero_row, scale_row = code_rows[k], zero_rows[group_list[k]], scale_rows[group_list[k]]
             target = targets[k - first].addmv_(errors[k + 1 : last].T, feedback[k + 1 : last, k])
-            torch.addcdiv(zeros[g], target, scale[g], out=code).round_().clamp_(*codes_from_to)
-            torch.add(columns[k], offsets[g], out=errors[k]).addcmul_(code, scale[g], value=-1)
+            torch.addcdiv(zero_row, target, scale_row, out=code).round_().clamp_(*codes_from_to)
+            torch.addcmul(shifted_rows[k], code, scale_row, value=-1, out=error_rows[k])
     return codes

@@ -1,8 +1,8 @@
 """What passes through the sites of a full-precision block: some of its rows, maxima, and second moments of those.
 
 Everything the starting points need is read off rows [tokens, width] of each site's input. They are kept while the block
-computes its full-precision outputs, which calibration needs anyway: of many tokens some, evenly spaced. Moments of all
-tokens, as GPTQ's Hessian is one, are summed as the tokens pass (`SecondMoment`).
+computes its full-precision outputs, which calibration needs anyway: of many tokens some, evenly spaced. GPTQ's moments,
+of more tokens, are summed as the tokens pass (`SecondMoment`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ LEAST_STARTS = 4
 MOST_ROWS, MOST_TIMES = 16 * LEAST_ROWS, 4
 """Of few long windows, whose first tokens are few, not more rows are kept than these, or so many times the least."""
 
+GPTQ_EVERY, GPTQ_ROWS = 3, 3
+"""Of so many tokens GPTQ's moments take one, where that leaves so many rows for each column, and `LEAST_ROWS`: more
+made no difference that could be measured (docs/experiments.md).
+"""
+
 PARTS = 8
 """A moment's columns are summed in so many parts, each from its own diagonal on: 9/16 of a whole product."""
 LEAST_PART = 96
@@ -39,16 +44,24 @@ class SecondMoment:
     moment of few strong directions, with its own entries rounded, is no longer positive. What lies below the diagonal
     is copied, not computed.
 
+    `rows`: how many are in the sum.
+
     Args:
         width: the length of a row.
+        every: of so many rows that are added one is taken.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, every: int = 1) -> None:
+        self.every, self.rows = every, 0
+        self._seen = 0
         self._sum = torch.zeros(width, width, device=device)
         self._whole = True
 
     def add(self, rows: Tensor) -> None:
         """Add rows [tokens, width] of any float dtype."""
+        seen, self._seen = self._seen, self._seen + len(rows)
+        rows = _thinned(rows, self.every, seen)
+        self.rows += len(rows)
         dtype = matmul_dtype(rows.device)
         # The CPU's matmul rounds float32 itself.
         rounds = dtype == torch.bfloat16 and rows.device.type == "cpu"
@@ -94,9 +107,7 @@ class Recorder(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, self.width)
-        # Of all rows that pass, in whatever batches; not the first of each, which is the first token of a window.
-        first = (self.every // 2 - self._seen) % self.every
-        self._kept.append(rows[first :: self.every].clone())
+        self._kept.append(_thinned(rows, self.every, self._seen).clone())
         self._seen += rows.shape[0]
         if self.maxima:
             largest = torch.maximum(rows.amax(0), -rows.amin(0)).float()
@@ -116,6 +127,13 @@ class Recorder(nn.Module):
         if self._maximum is None:
             raise RuntimeError("no input has passed this site, or its maxima were not asked for")
         return self._maximum
+
+
+def _thinned(rows: Tensor, every: int, seen: int) -> Tensor:
+    """Each `every`-th of all rows that pass, in whatever batches, of which `seen` came before these; not the first of
+    each `every`, so that the very first, the first token of a window, is not always among them.
+    """
+    return rows[(every // 2 - seen) % every :: every]
 
 
 @contextlib.contextmanager
@@ -152,14 +170,25 @@ def recorders(
 def row_stride(windows: int, length: int, width: int) -> int:
     """Of how many tokens of `windows` windows of `length` one is kept of a site of `width`."""
     tokens, least = windows * length, max(LEAST_ROWS, 5 * width // 6)
-    every = min(tokens // least, windows // LEAST_STARTS)
-    # One that divides no window meets all positions of a window alike.
-    while every > 1 and math.gcd(every, length) > 1:
-        every -= 1
+    every = _coprime(min(tokens // least, windows // LEAST_STARTS), length)
     larger = tokens // max(MOST_ROWS, MOST_TIMES * least)
     while larger > 1 and math.gcd(larger, length) > 1:
         larger += 1
     return max(1, every, larger if larger <= tokens // least else 1)
+
+
+def gptq_stride(windows: int, length: int, width: int) -> int:
+    """Of how many tokens of `windows` windows of `length` one goes into GPTQ's moment of a site of `width`."""
+    least = max(LEAST_ROWS, GPTQ_ROWS * width)
+    every = min(GPTQ_EVERY, windows * length // least, windows // LEAST_STARTS)
+    return _coprime(max(1, every), length)
+
+
+def _coprime(every: int, length: int) -> int:
+    """`every` or the next smaller stride that meets all positions of windows of `length` alike: that divides none."""
+    while every > 1 and math.gcd(every, length) > 1:
+        every -= 1
+    return every
 
 
 def second_moment(matrices: Iterable[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flatq_cli.calibration.learnable import WEIGHT_CLIP, transforms_from_plain
-from flatq_cli.calibration.moments import SecondMoment
+from flatq_cli.calibration.moments import SecondMoment, gptq_stride
 from flatq_cli.calibration.precision import fast_matmuls, matmul_dtype, with_fast_linears
 from flatq_cli.config.recipe import WeightSpec
 from flatq_cli.models.families import Family, InputSite, Shapes
@@ -167,9 +167,11 @@ class _BySite:
         self.known = _Known(self.device)
 
     def input_moment(self, site: InputSite) -> Tensor:
-        """The second moment, float32 [width, width], of what the readers of `site` read."""
+        """The second moment, float32 [width, width], of what the readers of `site` read: of many tokens, of some."""
         linear: Any = self.block.get_submodule(site.readers[0])
-        moment = SecondMoment(linear.in_features, self.device)
+        windows, length, _ = self.hidden.shape
+        every = gptq_stride(windows, length, linear.in_features)
+        moment = SecondMoment(linear.in_features, self.device, every)
         kept = self.known.batches[site.name] = []
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -182,7 +184,7 @@ class _BySite:
             with contextlib.suppress(_ReachedError):
                 run_running(self.block, self.hidden[rows].to(self.device), self.kwargs)
         hook.remove()
-        return moment.total() / (self.hidden.shape[0] * self.hidden.shape[1])
+        return moment.total() / moment.rows
 
     def settle(self, site: InputSite, weights: Mapping[str, Tensor]) -> None:
         """Give the readers of `site` the weights they keep; what comes before them is not computed again."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flatq_cli.calibration.clips import SAMPLE_ROWS
-from flatq_cli.calibration.moments import row_stride
+from flatq_cli.calibration.moments import gptq_stride, row_stride
 from flatq_cli.config.recipe import Recipe
 from flatq_cli.models.families import Family, Shapes, family_of
 from flatq_cli.models.locate import load_config, locate
@@ -159,7 +159,7 @@ class CalibrationPlan:
         flops = 0.0
         if self._gptq:
             tokens = self._rounding_tokens
-            flops += self.blocks * (PASSES_OF_ROUNDING * tokens * self.flops_per_token + self._moments(tokens))
+            flops += self.blocks * (PASSES_OF_ROUNDING * tokens * self.flops_per_token + self._gptq_moments())
         tokens = tuning.steps * spec.batch * spec.seqlen
         head = 2 * self.vocabulary * self.shapes.hidden
         flops += PASSES_OF_TUNING * tokens * (self.blocks * self.flops_per_token + head)
@@ -189,8 +189,11 @@ class CalibrationPlan:
     def _widths(self) -> list[int]:
         return [layout.width for layout in self.layouts.values()]
 
-    def _moments(self, tokens: int) -> float:
-        return sum(2 * tokens * width**2 for width in self._widths)
+    def _gptq_moments(self) -> float:
+        """FLOP of GPTQ's moments, which of many tokens take some."""
+        tokens, length = self._rounding_tokens, self.recipe.calibration.seqlen
+        strides = {width: gptq_stride(tokens // length, length, width) for width in self._widths}
+        return sum(2 * tokens / strides[width] * width**2 for width in self._widths)
 
 
 def plan(model: str, recipe: Recipe, device: str, trust_remote_code: bool = False) -> CalibrationPlan:

@@ -10,11 +10,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flatq_cli.calibration.moments import (
+    GPTQ_EVERY,
+    GPTQ_ROWS,
     LEAST_ROWS,
     MOST_ROWS,
     MOST_TIMES,
     Recorder,
     SecondMoment,
+    gptq_stride,
     moment_by_head,
     moment_over_heads,
     recorders,
@@ -128,6 +131,24 @@ def test_few_long_windows_are_thinned_too():
     assert row_stride(3, 256, 576) == 1
 
 
+@given(
+    windows=st.integers(1, 300), length=st.integers(1, 1500) | st.sampled_from([256, 2048]), width=st.integers(1, 16384)
+)
+@example(windows=64, length=256, width=1536)
+def test_gptqs_moments_take_every_third_token_where_enough_are_left(windows: int, length: int, width: int):
+    every = gptq_stride(windows, length, width)
+    assert 1 <= every <= GPTQ_EVERY
+    assert every == 1 or windows * length // every >= max(LEAST_ROWS, GPTQ_ROWS * width)
+    counts = (torch.arange(windows * length)[every // 2 :: every] % length).bincount(minlength=length)
+    assert counts.min() >= windows // every
+    assert counts.max() <= windows // every + 1
+
+
+def test_the_default_takes_every_third_token_of_narrow_and_wide_sites():
+    assert {gptq_stride(64, 256, width) for width in (576, 1536)} == {3}
+    assert gptq_stride(64, 256, 14336) == 1
+
+
 def test_recorders_know_how_much_passes(tmp_path: Path):
     source = prepare(tmp_path).source
     for windows, length, taken in ((0, 0, 1), (8, 16, 1), (16, 256, 3), (128, 2048, 31)):
@@ -194,6 +215,17 @@ def test_a_second_moment_is_the_sum_of_the_outer_products_of_its_rows(width: int
         moment.add(part)
         seen = rows[: 11 * count].double()
         torch.testing.assert_close(moment.total().double(), seen.T @ seen, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 100])
+def test_a_second_moment_of_every_third_row_takes_the_same_rows_whatever_the_batches_are(batch: int):
+    rows = torch.randint(-8, 8, (100, 5), generator=torch.Generator().manual_seed(0)).float()  # exact in bf16
+    moment = SecondMoment(5, rows.device, every=3)
+    for part in rows.split(batch):
+        moment.add(part)
+    taken = rows[1::3]
+    assert moment.rows == len(taken)
+    assert torch.equal(moment.total(), taken.T @ taken)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

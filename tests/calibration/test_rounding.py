@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flatq_cli.calibration.moments import gptq_stride
 from flatq_cli.calibration.rounding import (
     FoldedBlock,
     fold_block,
@@ -71,8 +72,10 @@ def test_gptq_moves_the_blocks_output_less_than_the_nearest_codes(tmp_path: Path
 def test_each_linear_is_rounded_against_what_it_reads_when_all_before_it_are_rounded(
     tmp_path: Path, name: str, site: str
 ):
-    """Its codes, from inputs noted in one run of the whole block whose linears before it are rounded already."""
-    ready = prepare(tmp_path, name, samples=16, seqlen=32)
+    """Its codes, from inputs noted in one run of the whole block whose linears before it are rounded already: of this
+    many tokens, from every third.
+    """
+    ready = prepare(tmp_path, name, samples=96, seqlen=32)
     folded, family = folded_block(ready), ready.source.family
     rounded = gptq(ready, folded)
     linears = family.site(site).readers
@@ -83,6 +86,8 @@ def test_each_linear_is_rounded_against_what_it_reads_when_all_before_it_are_rou
         block.get_submodule(linear).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         run_running(block, ready.hidden, ready.kwargs)
         (rows,) = (x.flatten(0, 1) for x in seen)
+        assert gptq_stride(96, 32, rows.shape[1]) == 3
+        rows = rows[1::3]
         expected = gptq_weight(
             folded.parameters[f"{linear}.weight"].float(),
             rows.T @ rows / len(rows),

@@ -23,6 +23,8 @@ DECADES = 5
 """A logarithmic axis shows at most so many below its top: less is drawn at the bottom."""
 LABEL = 12
 """Least distance of two labels' lines."""
+LETTER = 6
+"""Width of a letter of a label, about."""
 LABEL_CHARACTERS = 24
 
 
@@ -125,6 +127,7 @@ def scatter(
         parts.append(f'<text class="tick" text-anchor="middle" x="{at}" y="{bottom + 14}">{figure(tick)}</text>')
     parts.append(f'<text class="name" text-anchor="end" x="{WIDTH - RIGHT}" y="{height - 5}">{escape(x_name)}</text>')
     labels: dict[str, list[tuple[float, float, str]]] = {"start": [], "end": []}
+    points = [(x.place(mark.x), y.place(mark.y)) for mark in placed if mark.x is not None]
     for mark in marks:
         top = y.place(mark.y)
         text = f"{_short(mark.name)} {figure(mark.y)}"
@@ -137,7 +140,10 @@ def scatter(
         left = x.place(mark.x)
         parts.append(f'<circle class="point {mark.style}" cx="{_n(left)}" cy="{_n(top)}" r="5">{hover}</circle>')
         side = "start" if left < (LEFT + WIDTH) / 2 else "end"
-        labels[side].append((top + 4, left + 9 if side == "start" else left - 9, text))
+        beside = left + 9 if side == "start" else left - 9
+        ends = sorted((beside, beside + (LETTER if side == "start" else -LETTER) * len(text)))
+        covered = [place for place in points if ends[0] - 5 < place[0] < ends[1] + 5]
+        labels[side].append((_clear_of([place[1] for place in covered], top) + 4, beside, text))
     for side, found in labels.items():
         parts += [
             f'<text class="label" text-anchor="{side}" x="{_n(left)}" y="{_n(top)}">{escape(text)}</text>'
@@ -188,6 +194,14 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
     below = [tick for tick in around if tick <= low] or [decades[0]]
     above = [tick for tick in around if tick >= high] or [decades[-1]]
     return tuple(dict.fromkeys((below[-1], *finer, above[0])))
+
+
+def _clear_of(points: Sequence[float], top: float) -> float:
+    """Where the middle of a label's line goes: at `top`, or else above or below, so that it covers none of `points`."""
+    for moved in (top, top - LABEL, top + LABEL):
+        if all(abs(point - moved) > LABEL - 2 for point in points):
+            return moved
+    return top
 
 
 def _apart(labels: list[tuple[float, float, str]], lowest: float) -> list[tuple[float, float, str]]:

@@ -159,3 +159,18 @@ def test_everything_is_inside_the_picture():
     for circle in root.findall("circle"):
         assert 0 < float(circle.get("cx")) < WIDTH
         assert 0 < float(circle.get("cy")) < height
+
+
+def test_a_label_covers_no_other_mark():
+    """Two runs of almost the same perplexity, one behind the other's name."""
+    marks = [
+        Mark("balanced", "before", 10.0, 34.9),
+        Mark("gptq", "before", 20.0, 34.8),
+        Mark("far", "after", 300.0, 47.0),
+    ]
+    root = ElementTree.fromstring(scatter("k", "t", "d", marks, "s", "y", log_x=True))
+    heights = {
+        text.text.split()[0]: float(text.get("y")) for text in root.findall("text") if text.get("class") == "label"
+    }
+    gptq = next(mark for mark in root.findall("circle") if mark.find("title").text.startswith("gptq"))
+    assert abs(heights["balanced"] - 4 - float(gptq.get("cy"))) >= 9

@@ -130,8 +130,8 @@ class Recorder(nn.Module):
 
 
 def _thinned(rows: Tensor, every: int, seen: int) -> Tensor:
-    """Each `every`-th of all rows that pass, in whatever batches, of which `seen` came before these; not the first of
-    each `every`, so that the very first, the first token of a window, is not always among them.
+    """Of `rows` [tokens, width], behind `seen` others, those that are the `every`-th of all, in whatever batches they
+    pass. The first of all, which is the first token of a window, is none of them.
     """
     return rows[(every // 2 - seen) % every :: every]
 
@@ -185,7 +185,7 @@ def gptq_stride(windows: int, length: int, width: int) -> int:
 
 
 def _coprime(every: int, length: int) -> int:
-    """`every` or the next smaller stride that meets all positions of windows of `length` alike: that divides none."""
+    """`every`, or the next smaller stride without a factor of `length`: it meets all positions of windows alike."""
     while every > 1 and math.gcd(every, length) > 1:
         every -= 1
     return every

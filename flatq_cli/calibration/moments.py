@@ -131,7 +131,7 @@ class Recorder(nn.Module):
 
 def _thinned(rows: Tensor, every: int, seen: int) -> Tensor:
     """Of `rows` [tokens, width], behind `seen` others, those that are the `every`-th of all, in whatever batches they
-    pass. The first of all, which is the first token of a window, is none of them.
+    pass. The first of all, which is the first token of a window, is among them only where that is every one.
     """
     return rows[(every // 2 - seen) % every :: every]
 
